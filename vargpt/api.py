@@ -1,0 +1,333 @@
+"""Draw, ask and chat: text and PIL pictures in, text and PIL pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import torch
+from jaxtyping import Int
+from PIL.Image import Image
+from torch import Tensor
+
+from vargpt.choices import NullBranch
+from vargpt.generate import Context, generate_text, pad_left, read_token
+from vargpt.generate import draw as draw_rows
+from vargpt.images import for_drawing, to_pil
+from vargpt.interfaces import LanguageModel
+from vargpt.model import VARGPT, require
+from vargpt.next_scale import ScaleStep
+from vargpt.sampling import GREEDY, Guidance, Sampling, generators
+from vargpt.text import TEMPLATES, Message, TextStream, Tokenizer
+
+Part = str | Image
+Content = str | Sequence[Part]
+
+
+class ChatMessage(TypedDict):
+    """One message: text, or text and pictures in the order they are read."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Content
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOutput:
+    """Drawn pictures, n of the first prompt, then n of the second, ..."""
+
+    images: list[Image]
+    indices: tuple[Int[Tensor, "B _"], ...]
+    """One index map per scale, for all pictures."""
+    seed: int
+    """Picture i of each prompt was drawn with seed + i."""
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """How pictures are drawn."""
+
+    null: NullBranch | None
+    guidance: Guidance
+    sampling: Sampling
+
+
+def draw(
+    model: VARGPT,
+    prompts: Sequence[str],
+    *,
+    n: int = 1,
+    seed: int = 0,
+    cfg: float = 1.5,
+    cfg_ramp: Literal["linear", "constant"] = "linear",
+    temperature: float = 1.0,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    null: NullBranch | None = None,
+    on_scale: Callable[[ScaleStep], None] | None = None,
+) -> DrawOutput:
+    """Draw ``n`` pictures for each prompt.
+
+    The same arguments give the same pictures, and a picture does not depend on what is drawn beside it.
+
+    Args:
+        prompts: what to say to the model, as a user would.
+        cfg, cfg_ramp: strength of guidance towards the prompt, and how it grows over the scales.
+        temperature, top_k, top_p: how tokens are drawn; temperature 0 takes the best.
+        null: the unconditional branch; by default the model's own choice.
+        on_scale: called after every scale; ``step.images()`` decodes the pictures so far.
+
+    Raises:
+        ValueError: no prompt or an empty one, one too long for the model, or a setting out of range.
+    """
+    drawing = _Drawing(null, Guidance(scale=cfg, ramp=cfg_ramp), Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a list: give [prompt] for a single one")
+    if not prompts or n < 1:
+        raise ValueError(f"there is nothing to draw: {len(prompts)} prompts, {n} pictures each")
+    rows = [_encode(model, [ChatMessage(role="user", content=prompt)])[0] + [model.tokens.gen_start] for prompt in prompts]
+    tokens = require(model.var, "visual decoder").schedule.total
+    context, _ = _read(model, rows, room=tokens)
+    if n > 1:
+        context = context.select(torch.arange(len(prompts), device=model.device).repeat_interleave(n))
+    seeds = [seed + i for _ in prompts for i in range(n)]
+    maps = _draw(model, context, drawing, seeds, on_scale)
+    images = to_pil(require(model.vqvae, "image tokenizer").decode_latent(maps.f_hat))
+    return DrawOutput(images=images, indices=maps.indices, seed=seed)
+
+
+@torch.no_grad()
+def ask(
+    model: VARGPT,
+    image: Image | None,
+    question: str,
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Answer a question about a picture (or, with ``image=None``, about none).
+
+    Args:
+        on_text: called with every new piece of the answer.
+
+    Raises:
+        ValueError: an empty question, one too long for the model, or a setting out of range.
+    """
+    content: list[Part] = [question] if image is None else [image, question]
+    if not question.strip():
+        raise ValueError("the question is empty: ask something")
+    ids, pictures, _ = _encode(model, [ChatMessage(role="user", content=content)])
+    context, hidden = _read(model, [ids], room=max_new_tokens, pictures=pictures)
+    t = model.tokens
+    stream = _Stream(model, on_text)
+    generate_text(
+        model,
+        context,
+        hidden,
+        max_new_tokens=max_new_tokens,
+        stop=(t.eos,),
+        forbid=[i for i in (t.image, t.pad, t.gen_start, t.gen_end, t.gen_pad) if i >= 0],
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p) if temperature else GREEDY,
+        generators=generators([seed], model.device),
+        on_token=stream.push,
+    )
+    return stream.finish()
+
+
+@torch.no_grad()
+def chat(
+    model: VARGPT,
+    messages: Sequence[ChatMessage | Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    max_pictures: int = 4,
+    cfg: float = 1.5,
+    null: NullBranch | None = None,
+    on_text: Callable[[str], None] | None = None,
+    on_scale: Callable[[ScaleStep], None] | None = None,
+) -> list[ChatMessage | Mapping[str, Any]]:
+    """Continue a conversation: the messages, and the model's reply after them.
+
+    A message's content is a text, or a list of texts and PIL pictures in the order they are read. Pictures of the
+    user are understood; those of the assistant were drawn. The reply's content is such a list: the model writes, and
+    draws wherever it writes ``image_gen_start``.
+
+    Args:
+        max_new_tokens: tokens of text to write at most; max_pictures: pictures to draw at most.
+        cfg, null: as in :func:`draw`, whose other settings keep their defaults.
+
+    Raises:
+        ValueError: roles that do not alternate, an empty message, or a conversation too long for the model.
+    """
+    ids, pictures, drawn = _encode(model, messages)
+    t, can_draw = model.tokens, model.var is not None and model.tokens.gen_start >= 0
+    drawing = _Drawing(null, Guidance(scale=cfg), Sampling(top_k=900, top_p=0.96))
+    tokens = max_pictures * (model.var.schedule.total + 2) if can_draw and model.var else 0
+    context, hidden = _read(model, [ids], room=max_new_tokens + tokens, pictures=pictures, drawn=drawn, strict=False)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p) if temperature else GREEDY
+    random = generators([seed], model.device)
+    forbidden = [i for i in (t.image, t.pad, t.gen_pad, t.gen_end) if i >= 0]
+    reply: list[Part] = []
+    images = 0
+    while max_new_tokens > 0:
+        may_draw = can_draw and images < max_pictures
+        stream = _Stream(model, on_text)
+        row = generate_text(
+            model,
+            context,
+            hidden,
+            max_new_tokens=max_new_tokens,
+            stop=(t.eos, t.gen_start) if may_draw else (t.eos,),
+            forbid=forbidden if may_draw or t.gen_start < 0 else [*forbidden, t.gen_start],
+            sampling=sampling,
+            generators=random,
+            on_token=stream.push,
+        )[0]
+        if text := stream.finish():
+            reply.append(text)
+        max_new_tokens -= len(row.ids) + 1
+        if row.stop != t.gen_start or not may_draw:
+            break
+        read_token(context, t.gen_start)
+        maps = _draw(model, context, drawing, [seed + images], on_scale)
+        reply += to_pil(require(model.vqvae, "image tokenizer").decode_latent(maps.f_hat))
+        images += 1
+        hidden = read_token(context, t.gen_end)
+    return [*messages, ChatMessage(role="assistant", content=reply)]
+
+
+class _Stream:
+    """Collects a reply's text, and passes it on as it comes."""
+
+    def __init__(self, model: VARGPT, on_text: Callable[[str], None] | None) -> None:
+        self._stream = TextStream(_tokenizer(model))
+        self._on_text, self._text = on_text, ""
+
+    def push(self, row: int, token: int) -> bool:
+        self._add(self._stream.push(token))
+        return self._stream.stopped
+
+    def finish(self) -> str:
+        self._add(self._stream.finish())
+        return self._text.strip()
+
+    def _add(self, text: str) -> None:
+        self._text += text
+        if text and self._on_text is not None:
+            self._on_text(text)
+
+
+def _tokenizer(model: VARGPT) -> Tokenizer:
+    return require(model.tokenizer, "tokenizer")
+
+
+def _encode(
+    model: VARGPT, messages: Sequence[ChatMessage | Mapping[str, Any]], *, may_be_empty: bool = False
+) -> tuple[list[int], list[Image], list[Image]]:
+    """A conversation as token numbers with all placeholders, its pictures to understand, and those it drew."""
+    tokenizer, t = _tokenizer(model), model.tokens
+    texts: list[Message] = []
+    understood: list[Image] = []
+    drawn: list[Image] = []
+    for message in messages:
+        content, role = message.get("content", ""), message.get("role")
+        parts = [content] if isinstance(content, str | Image) else list(content)
+        text = ""
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+            elif isinstance(part, Image):
+                (drawn if role == "assistant" else understood).append(part)
+                text += _drawn_text(model, tokenizer) if role == "assistant" else _name(tokenizer, t.image, "image") + "\n"
+            else:
+                raise ValueError(f"a message holds texts and PIL pictures, not {type(part).__name__}")
+        if not text.strip() and not may_be_empty:
+            raise ValueError(f"a message of the {role} is empty: give it a text or a picture")
+        texts.append({"role": role, "content": text})
+    ids = TEMPLATES[model.choices.inference_template].encode(tokenizer, texts).ids
+    patches = 1 if model.vision is None else model.vision.num_tokens
+    image_tokens = 1 if model.var is None else model.var.schedule.total
+    counts = {t.image: patches, t.gen_pad: image_tokens}
+    return [i for i in ids for _ in range(counts.get(i, 1))], understood, drawn
+
+
+def _drawn_text(model: VARGPT, tokenizer: Tokenizer) -> str:
+    t = model.tokens
+    return "".join(_name(tokenizer, i, "drawing") for i in (t.gen_start, t.gen_pad, t.gen_end))
+
+
+def _name(tokenizer: Tokenizer, number: int, what: str) -> str:
+    """The text of a special token."""
+    if number not in tokenizer.names:
+        raise ValueError(f"this model's tokenizer has no {what} token, which the request needs")
+    return tokenizer.names[number]
+
+
+def _read(
+    model: VARGPT,
+    rows: Sequence[Sequence[int]],
+    *,
+    room: int,
+    pictures: Sequence[Image] = (),
+    drawn: Sequence[Image] = (),
+    strict: bool = True,
+) -> tuple[Context, Tensor]:
+    """Let the language model read token rows, with their pictures; returns the context and the hidden states.
+
+    Args:
+        room: tokens that are to follow. If ``strict`` they must fit; otherwise as many as fit will do.
+    """
+    llm: LanguageModel = require(model.llm, "language model")
+    longest = max(map(len, rows))
+    if longest + (room if strict else 1) > llm.context_length:
+        raise ValueError(
+            f"the prompt is too long: its {longest} tokens and {room} to follow "
+            f"exceed the model's context of {llm.context_length}"
+        )
+    ids, mask = pad_left(rows, max(model.tokens.pad, 0), model.device)
+    pixels = drawings = None
+    if pictures:
+        vision = require(model.vision, "vision encoder")
+        pixels = torch.stack([vision.preprocess(picture) for picture in pictures]).to(model.device)
+    if drawn:
+        vqvae, var = require(model.vqvae, "image tokenizer"), require(model.var, "visual decoder")
+        images = torch.stack([for_drawing(picture, vqvae.image_size) for picture in drawn]).to(model.device)
+        condition = var.condition(torch.full((len(drawn),), var.image_class, device=model.device))
+        drawings = model.drawing_inputs(vqvae.encode(images).indices, condition)
+    context = Context(llm, len(rows), min(longest + room, llm.context_length), model.device)
+    with torch.no_grad():
+        return context, context.extend(model.prompt_embeddings(ids, pixels, drawings), mask)
+
+
+def _draw(
+    model: VARGPT,
+    context: Context,
+    drawing: _Drawing,
+    seeds: Sequence[int],
+    on_scale: Callable[[ScaleStep], None] | None,
+):
+    null = drawing.null or model.choices.null
+    empty = None
+    if null == "prompt" and drawing.guidance.scale > 0:
+        ids, _, _ = _encode(model, [ChatMessage(role="user", content="")], may_be_empty=True)
+        room = require(model.var, "visual decoder").schedule.total
+        empty, _ = _read(model, [[*ids, model.tokens.gen_start]], room=room)
+        empty = empty.select(torch.zeros(len(seeds), dtype=torch.long, device=model.device))
+    return draw_rows(
+        model,
+        context,
+        null=null,
+        empty=empty,
+        generators=generators(seeds, model.device),
+        guidance=drawing.guidance,
+        sampling=drawing.sampling,
+        on_scale=on_scale,
+    )

@@ -1,0 +1,170 @@
+"""Loading and saving models."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from vargpt.build import build
+from vargpt.choices import CHOICES, Choices
+from vargpt.config import VargptConfig
+from vargpt.config_json import describe, read_config
+from vargpt.convert import open_published, published_layout
+from vargpt.convert.check import check_tensors, expected_tensors
+from vargpt.convert.published import copy_tokenizer
+from vargpt.model import VARGPT
+from vargpt.tensorfiles import (
+    MemorySource,
+    SafetensorsSource,
+    TensorSource,
+    read_json,
+    write_json,
+    write_safetensors,
+)
+from vargpt.text import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+
+
+def load(
+    source: str | Path = "tiny",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    patch_nums: tuple[int, ...] | None = None,
+    choices: Choices | str | None = None,
+    revision: str | None = None,
+) -> VARGPT:
+    """Load a model, ready for inference.
+
+    Args:
+        source: the name of an embedded model; a directory, ours or a published one, which is converted on the fly;
+            or a hub id such as ``VARGPT-family/VARGPT_LLaVA-v1``, the only case that reads the network.
+        patch_nums: the scales, only where a published checkpoint's tensors do not tell.
+        choices: ``"published"``, ``"fixed"`` or single ones; by default what the checkpoint says.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: no such model, or a checkpoint that is incomplete, damaged or contradicts its configuration.
+    """
+    directory = find(source, revision)
+    config, tensors = read(directory, patch_nums)
+    if choices is not None:
+        config = dataclasses.replace(config, choices=choices_named(choices))
+    tokenizer = read_tokenizer(directory, config)
+    if tensors is None:
+        seed = read_json(directory / "config.json")["random_seed"]
+        warnings.warn(
+            f"the embedded model {directory.name!r} is not trained yet: its weights are random (seed {seed})", stacklevel=2
+        )
+        return build(config, seed=seed, tokenizer=tokenizer).to(device, dtype).eval()
+    with torch.device("meta"):
+        model = build(config, tokenizer=tokenizer)
+    state = {name: tensors.read(name).to(device, dtype) for name in model.state_dict()}
+    model.load_state_dict(state, assign=True)
+    return model.to(device, dtype).eval()
+
+
+def read(directory: Path, patch_nums: tuple[int, ...] | None = None) -> tuple[VargptConfig, TensorSource | None]:
+    """Configuration and tensors of a directory, checked against each other; no tensors where the configuration asks
+    for random weights."""
+    if published_layout(directory) != "ours":
+        if any(directory.glob("var*.pth")):
+            raise ValueError(f"{directory} offers pickled weights: run `vargpt convert {directory} DST` and load DST")
+        published = open_published(directory, patch_nums)
+        return published.config, published.source
+    config = read_config(directory)
+    if "random_seed" in read_json(directory / "config.json"):
+        return config, None
+    tensors = SafetensorsSource(directory)
+    check_tensors(config, tensors)
+    return config, tensors
+
+
+def find(source: str | Path, revision: str | None = None) -> Path:
+    """The directory of a model's files.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if str(source) in embedded_models():
+        return ASSETS / str(source)
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not Path(source).exists():
+        return _fetch(source, revision)
+    names = embedded_models()
+    near = difflib.get_close_matches(str(source), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"unknown model {str(source)!r}: {hint}give {' or '.join(map(repr, names))}, a checkpoint's directory, "
+        "or a hub id (owner/name)"
+    )
+
+
+def _fetch(hub_id: str, revision: str | None) -> Path:
+    import huggingface_hub  # slow to import, and only hub ids need it
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{hub_id!r} is neither a directory here nor to be had from the hub ({reason})") from None
+    return Path(folder)
+
+
+def choices_named(choices: Choices | str) -> Choices:
+    """A set of choices, by name or as it is."""
+    if isinstance(choices, Choices):
+        return choices
+    if choices not in CHOICES:
+        raise ValueError(f"unknown choices {choices!r}: give {' or '.join(map(repr, CHOICES))}, or a Choices")
+    return CHOICES[choices]
+
+
+def read_tokenizer(directory: Path, config: VargptConfig) -> Tokenizer | None:
+    """The text tokenizer beside the weights; bytes where there is none; None for a model without text."""
+    if config.llm is None:
+        return None
+    if (directory / "tokenizer.model").is_file():
+        return SentencePieceTokenizer.from_directory(directory)
+    names = {"image": "<image>", "pad": "<pad>", "gen_start": "<image_gen_start>",
+             "gen_end": "<image_gen_end>", "gen_pad": "<image_gen_pad>"}  # fmt: skip
+    numbers = {text: getattr(config.tokens, name) for name, text in names.items()}
+    return ByteTokenizer({text: number for text, number in numbers.items() if number >= 0})
+
+
+def save(model: VARGPT, directory: str | Path, *, tokenizer_from: str | Path | None = None) -> None:
+    """Write a model in our layout.
+
+    Args:
+        tokenizer_from: a directory whose tokenizer files go with it.
+
+    Raises:
+        ValueError: a model whose parts no configuration describes, or a directory that cannot be written.
+    """
+    directory = Path(directory)
+    state = model.state_dict()
+    if model.config is None or expected_tensors(model.config).keys() != state.keys():
+        raise ValueError("only a model whose config describes all its parts can be saved")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {directory} ({error.strerror})") from None
+    write_safetensors(directory, MemorySource(state))
+    if tokenizer_from is not None:
+        copy_tokenizer(Path(tokenizer_from), directory)
+    write_json(directory / "config.json", describe(model.config))

@@ -1,0 +1,94 @@
+"""Configurations as JSON: our own ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from vargpt.config import VargptConfig
+from vargpt.tensorfiles import read_json
+from vargpt.vision import OpenClipConfig, TimmConfig
+
+FORMAT = "vargpt"
+"""The "format" field of our config.json."""
+
+
+def describe(config: VargptConfig) -> dict[str, Any]:
+    """The content of a ``config.json``."""
+    return {"format": FORMAT, "config": to_json(config)}
+
+
+def read_config(directory: Path) -> VargptConfig:
+    """The configuration that a directory of ours holds.
+
+    Raises:
+        ValueError: an unknown or missing field, named with its place.
+    """
+    content = read_json(directory / "config.json")
+    try:
+        return from_json(VargptConfig, content.get("config"))
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+
+
+# A nested dataclass is an object; where a slot has alternatives, "kind" tells which.
+_KINDS = {"open_clip": OpenClipConfig, "timm": TimmConfig}
+
+
+def to_json(config: Any) -> Any:
+    """Plain JSON values of a configuration dataclass."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        values = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        kinds = [kind for kind, cls in _KINDS.items() if isinstance(config, cls)]
+        return {"kind": kinds[0], **values} if kinds else values
+    return list(config) if isinstance(config, tuple) else config
+
+
+def from_json(cls: type, values: Any, where: str = "config") -> Any:
+    """The configuration dataclass that the JSON values describe.
+
+    Raises:
+        ValueError: an unknown or missing field, named with its place.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be an object, not {values!r}")
+    values = dict(values)
+    if "kind" in values and cls not in _KINDS.values():
+        raise ValueError(f"{where} has no alternatives: remove 'kind'")
+    values.pop("kind", None)
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{where} has no field {unknown[0]!r}; its fields are {', '.join(fields)}")
+    arguments = {name: _field(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return cls(**arguments)
+    except TypeError as error:  # a required field is missing
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _field(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) not in options:
+            raise ValueError(f"{where} must not be null")
+        return None
+    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    if len(classes) > 1:
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if kind not in _KINDS:
+            raise ValueError(f"{where}.kind must be one of {', '.join(_KINDS)}, not {kind!r}")
+        return from_json(_KINDS[kind], value, where)
+    if classes:
+        return from_json(typing.cast(type, classes[0]), value, where)
+    if any(typing.get_origin(option) is tuple for option in options):
+        return tuple(value)
+    expected = {int: int, float: (int, float), bool: bool, str: str}
+    allowed = tuple(expected[o] for o in options if o in expected)
+    if allowed and not any(isinstance(value, a) for a in allowed):
+        raise ValueError(f"{where} must be {' or '.join(o.__name__ for o in options)}, not {value!r}")
+    return value

@@ -1,0 +1,85 @@
+"""Choosing tokens from logits, and the guidance schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vargpt.scales import ScaleSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from its logits: temperature, then top-k, then top-p. Temperature 0 takes the best."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep the k best tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Of those, keep the fewest whose probabilities add up to p."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance (arXiv 2207.12598): logits (1 + t) cond - t uncond.
+
+    t grows linearly from 0 at the first scale to ``scale`` at the last (``ramp="linear"``, VAR), or is ``scale``
+    throughout (``"constant"``). Scale 0 leaves the conditional logits alone.
+    """
+
+    scale: float = 1.5
+    ramp: Literal["linear", "constant"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.scale < 0:
+            raise ValueError(f"cfg must be 0 (off) or more, not {self.scale}")
+        if self.ramp not in ("linear", "constant"):
+            raise ValueError(f"cfg ramp must be 'linear' or 'constant', not {self.ramp!r}")
+
+    def weight(self, schedule: ScaleSchedule, scale: int) -> float:
+        """t at one scale."""
+        return self.scale * (schedule.position(scale) if self.ramp == "linear" else 1.0)
+
+
+def generators(seeds: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
+    """One generator per row, so that a row's draw depends on its own seed and not on its neighbours."""
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def sample(
+    logits: Float[Tensor, "B N V"], sampling: Sampling, generators: Sequence[torch.Generator]
+) -> Int[Tensor, "B N"]:
+    """Draw a token for each of N positions of B rows, row b from ``generators[b]``."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        floor = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(dim=-1)
+        # From the worst up: drop tokens while those dropped together weigh at most 1 - p; the best always stays.
+        drop = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        drop[..., -1] = False
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
+    # argmax(p / Exp(1) noise) is an exact draw from p, one pass over the vocabulary, without multinomial's limits.
+    noise = torch.stack(
+        [torch.empty(logits.shape[1:], device=logits.device).exponential_(generator=g) for g in generators]
+    )
+    return (logits.softmax(-1) / noise).argmax(-1)

@@ -1,0 +1,71 @@
+"""The scale schedule: one source of the sizes, offsets and visibility of next-scale tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """Side lengths, in tokens, of the token maps drawn one after the other (VAR, section 3.2).
+
+    ``patch_nums = (1, 2, 3)`` means a 1x1 map, then 2x2, then 3x3: S = 3 scales, L = 14 tokens.
+    The last side is the side of the latent that the image tokenizer decodes.
+    """
+
+    patch_nums: tuple[int, ...]
+
+    def __init__(self, patch_nums: Sequence[int]) -> None:
+        sides = tuple(int(p) for p in patch_nums)
+        if not sides or any(p < 1 for p in sides) or any(a > b for a, b in zip(sides, sides[1:], strict=False)):
+            raise ValueError(f"patch_nums must be positive and must not decrease, for example (1, 2, 4), not {sides}")
+        object.__setattr__(self, "patch_nums", sides)
+
+    def __len__(self) -> int:
+        return len(self.patch_nums)
+
+    @property
+    def latent_side(self) -> int:
+        return self.patch_nums[-1]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each scale (N_s)."""
+        return tuple(p * p for p in self.patch_nums)
+
+    @property
+    def total(self) -> int:
+        """Tokens of all scales (L)."""
+        return sum(self.lengths)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First token of each scale, and L at the end: scale s is ``offsets[s]:offsets[s + 1]``."""
+        ends = [0]
+        for length in self.lengths:
+            ends.append(ends[-1] + length)
+        return tuple(ends)
+
+    def span(self, scale: int) -> slice:
+        """Where the tokens of one scale lie among all L."""
+        return slice(self.offsets[scale], self.offsets[scale + 1])
+
+    def position(self, scale: int) -> float:
+        """s / (S - 1): 0 at the first scale, 1 at the last. Ramps of guidance and the choice of phi use it."""
+        return scale / (len(self) - 1) if len(self) > 1 else 0.0
+
+    def level_ids(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
+        """The scale that every token belongs to."""
+        lengths = torch.tensor(self.lengths, device=device)
+        return torch.repeat_interleave(torch.arange(len(self), device=device), lengths)
+
+    def visible_limits(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
+        """Block-causal visibility: a token sees the first ``limits[token]`` tokens, its own scale included."""
+        ends = torch.tensor(self.offsets[1:], device=device)
+        return ends[self.level_ids(device)]
