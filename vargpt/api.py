@@ -15,7 +15,7 @@ from vargpt.choices import NullBranch
 from vargpt.generate import Context, generate_text, pad_left, read_token
 from vargpt.generate import draw as draw_rows
 from vargpt.images import for_drawing, to_pil
-from vargpt.interfaces import LanguageModel
+from vargpt.interfaces import LanguageModel, TokenMaps
 from vargpt.model import VARGPT, require
 from vargpt.next_scale import ScaleStep
 from vargpt.sampling import GREEDY, Guidance, Sampling, generators
@@ -52,6 +52,7 @@ class _Drawing:
     sampling: Sampling
 
 
+@torch.no_grad()
 def draw(
     model: VARGPT,
     prompts: Sequence[str],
@@ -303,8 +304,7 @@ def _read(
         condition = var.condition(torch.full((len(drawn),), var.image_class, device=model.device))
         drawings = model.drawing_inputs(vqvae.encode(images).indices, condition)
     context = Context(llm, len(rows), min(longest + room, llm.context_length), model.device)
-    with torch.no_grad():
-        return context, context.extend(model.prompt_embeddings(ids, pixels, drawings), mask)
+    return context, context.extend(model.prompt_embeddings(ids, pixels, drawings), mask)
 
 
 def _draw(
@@ -313,7 +313,7 @@ def _draw(
     drawing: _Drawing,
     seeds: Sequence[int],
     on_scale: Callable[[ScaleStep], None] | None,
-):
+) -> TokenMaps:
     null = drawing.null or model.choices.null
     empty = None
     if null == "prompt" and drawing.guidance.scale > 0:

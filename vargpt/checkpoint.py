@@ -6,14 +6,15 @@ import dataclasses
 import difflib
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vargpt.build import build
+from vargpt.build import build, preset
 from vargpt.choices import CHOICES, Choices
-from vargpt.config import VargptConfig
-from vargpt.config_json import describe, read_config
+from vargpt.config import PRESETS, VargptConfig
+from vargpt.config_json import describe, read_config, to_json
 from vargpt.convert import open_published, published_layout
 from vargpt.convert.check import check_tensors, expected_tensors
 from vargpt.convert.published import copy_tokenizer
@@ -22,6 +23,7 @@ from vargpt.tensorfiles import (
     MemorySource,
     SafetensorsSource,
     TensorSource,
+    TensorSpec,
     read_json,
     write_json,
     write_safetensors,
@@ -168,3 +170,43 @@ def save(model: VARGPT, directory: str | Path, *, tokenizer_from: str | Path | N
     if tokenizer_from is not None:
         copy_tokenizer(Path(tokenizer_from), directory)
     write_json(directory / "config.json", describe(model.config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSize:
+    """One part of a model, for people to read."""
+
+    name: str
+    parameters: int
+    bytes: int
+    """On disk; for a preset, in float32."""
+    what: str
+
+
+def inventory(source: str | Path, patch_nums: tuple[int, ...] | None = None) -> list[PartSize]:
+    """The parts of a model and their sizes, from names and shapes alone: nothing is read but headers.
+
+    Args:
+        source: as in :func:`load`, or the name of a preset.
+    """
+    if source in PRESETS and source not in embedded_models():
+        config, tensors = preset(str(source)), None
+    else:
+        config, tensors = read(find(source), patch_nums)
+    with torch.device("meta"):
+        parameters = dict(build(config).named_parameters())
+    parts: dict[str, tuple[int, int]] = {}
+    for name, parameter in parameters.items():
+        spec = TensorSpec.of(parameter) if tensors is None else tensors.specs[name]
+        count, size = parts.get(name.split(".")[0], (0, 0))
+        parts[name.split(".")[0]] = (count + spec.numel, size + spec.bytes)
+    return [
+        PartSize(name=name, parameters=count, bytes=size, what=_what(getattr(config, name)))
+        for name, (count, size) in parts.items()
+    ]
+
+
+def _what(part: object) -> str:
+    shown = ("kind", "width", "depth", "num_heads", "hidden", "image_size", "vocab_size", "patch_nums", "channels")
+    values = to_json(part)
+    return ", ".join(f"{field} {values[field]}" for field in shown if field in values)

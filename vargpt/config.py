@@ -116,8 +116,8 @@ def _square(
     )
 
 
-SMALL_VOCABULARY = 544
-SMALL_TOKENS = TokenIds(image=512, pad=513, gen_start=514, gen_end=515, gen_pad=516)
+SMALL_VOCABULARY = 640
+SMALL_TOKENS = TokenIds(image=635, pad=636, gen_start=637, gen_end=638, gen_pad=639)  # of assets/tiny/tokenizer.model
 
 PRESETS = {
     "nano": _square(

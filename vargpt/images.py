@@ -79,15 +79,34 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
         ValueError: one line that says why the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in _WRITES:
-        raise ValueError(f"cannot save {path} (unknown suffix {path.suffix!r}); use .png, .jpg, .jpeg or .webp")
-    # A name in the same directory, as os.replace is atomic within one file system only.
+    kind = _format(path)
+    # A name in the same directory, as a rename is atomic within one file system only.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        image.save(temporary, format=_WRITES[path.suffix.lower()], quality=95)
-        os.replace(temporary, path)
+        image.save(temporary, format=kind, quality=95)
+        temporary.replace(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot save {path} ({_reason(error)})") from error
     finally:  # also after KeyboardInterrupt
         if temporary.exists():
             temporary.unlink()
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before long work whether its result can be saved.
+
+    Raises:
+        ValueError: one line that says why the file cannot be written.
+    """
+    path = Path(path)
+    _format(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot save {path} (no directory {path.parent}); make it first")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot save {path} (not writable); choose another place")
+
+
+def _format(path: Path) -> str:
+    if path.suffix.lower() not in _WRITES:
+        raise ValueError(f"cannot save {path} (unknown suffix {path.suffix!r}); use .png, .jpg, .jpeg or .webp")
+    return _WRITES[path.suffix.lower()]

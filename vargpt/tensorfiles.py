@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -31,8 +32,12 @@ class TensorSpec:
     dtype: torch.dtype
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
-        return self.meta().numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
     def meta(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")

@@ -22,6 +22,7 @@ from vargpt.convert import Published, open_published
 from vargpt.interfaces import teacher_forcing_inputs
 from vargpt.model import VARGPT, require
 from vargpt.sampling import GREEDY, Guidance
+from vargpt.tensorfiles import read_json
 from vargpt.var import NextScaleTransformer
 from vargpt.var.sample import draw_classes
 
