@@ -81,12 +81,16 @@ def draw(
     Raises:
         ValueError: no prompt or an empty one, one too long for the model, or a setting out of range.
     """
-    drawing = _Drawing(null, Guidance(scale=cfg, ramp=cfg_ramp), Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    drawing = _Drawing(
+        null, Guidance(scale=cfg, ramp=cfg_ramp), Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    )
     if isinstance(prompts, str):
         raise ValueError("prompts is a list: give [prompt] for a single one")
     if not prompts or n < 1:
         raise ValueError(f"there is nothing to draw: {len(prompts)} prompts, {n} pictures each")
-    rows = [_encode(model, [ChatMessage(role="user", content=prompt)])[0] + [model.tokens.gen_start] for prompt in prompts]
+    rows = [
+        _encode(model, [ChatMessage(role="user", content=prompt)])[0] + [model.tokens.gen_start] for prompt in prompts
+    ]
     tokens = require(model.var, "visual decoder").schedule.total
     context, _ = _read(model, rows, room=tokens)
     if n > 1:
@@ -247,7 +251,9 @@ def _encode(
                 text += part
             elif isinstance(part, Image):
                 (drawn if role == "assistant" else understood).append(part)
-                text += _drawn_text(model, tokenizer) if role == "assistant" else _name(tokenizer, t.image, "image") + "\n"
+                text += (
+                    _drawn_text(model, tokenizer) if role == "assistant" else _name(tokenizer, t.image, "image") + "\n"
+                )
             else:
                 raise ValueError(f"a message holds texts and PIL pictures, not {type(part).__name__}")
         if not text.strip() and not may_be_empty:

@@ -18,16 +18,9 @@ from vargpt.config_json import describe, read_config, to_json
 from vargpt.convert import open_published, published_layout
 from vargpt.convert.check import check_tensors, expected_tensors
 from vargpt.convert.published import copy_tokenizer
+from vargpt.files import read_json, write_json
 from vargpt.model import VARGPT
-from vargpt.tensorfiles import (
-    MemorySource,
-    SafetensorsSource,
-    TensorSource,
-    TensorSpec,
-    read_json,
-    write_json,
-    write_safetensors,
-)
+from vargpt.tensorfiles import MemorySource, SafetensorsSource, TensorSource, TensorSpec, write_safetensors
 from vargpt.text import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -66,9 +59,7 @@ def load(
     tokenizer = read_tokenizer(directory, config)
     if tensors is None:
         seed = read_json(directory / "config.json")["random_seed"]
-        warnings.warn(
-            f"the embedded model {directory.name!r} is not trained yet: its weights are random (seed {seed})", stacklevel=2
-        )
+        warnings.warn(f"the embedded model {directory.name!r} is not trained yet: its weights are random", stacklevel=2)
         return build(config, seed=seed, tokenizer=tokenizer).to(device, dtype).eval()
     with torch.device("meta"):
         model = build(config, tokenizer=tokenizer)

@@ -28,10 +28,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    warnings.showwarning = _note
     try:
         options = _parser().parse_args(arguments)
-        return options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            return options.run(options)
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--revision", help="branch, tag or commit of a hub id")
         sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (cpu)")
         sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-        sub.add_argument("--choices", choices=("published", "fixed"), help="the published code's choices or corrected ones")
+        sub.add_argument("--choices", choices=("published", "fixed"), help="the published code's or corrected ones")
         sub.add_argument("--patch-nums", help="scales of a published checkpoint that does not tell: 1,2,3,4")
         sub.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same result (0)")
 
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (0)")
     chat.add_argument("--output-dir", default=".", metavar="DIR", help="where drawn pictures go (.)")
 
-    convert = command("convert", _convert, "Convert a published checkpoint to our layout, or ours to the published one.")
+    convert = command("convert", _convert, "Convert a published checkpoint to our layout, or back.")
     convert.add_argument("source", help="VARGPT, LLaVA-1.5, LLaMA, CLIP (directories as on the hub) or VAR (.pth pair)")
     convert.add_argument("destination")
     convert.add_argument("--patch-nums", help="scales, where the checkpoint does not tell: 1,2,3,4")
@@ -202,6 +203,10 @@ def _ask(options: argparse.Namespace) -> int:
     image = load_image(options.image)
     model = _load(options)
     with tqdm(desc="answering", unit="piece", leave=False, file=sys.stderr) as bar:
+
+        def on_text(_: str) -> None:
+            bar.update()
+
         answer = ask(
             model,
             image,
@@ -211,7 +216,7 @@ def _ask(options: argparse.Namespace) -> int:
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed,
-            on_text=lambda _: bar.update() and None,
+            on_text=on_text,
         )
     print(answer)
     return 0

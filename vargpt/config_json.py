@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vargpt.config import VargptConfig
-from vargpt.tensorfiles import read_json
+from vargpt.files import read_json
 from vargpt.vision import OpenClipConfig, TimmConfig
 
 FORMAT = "vargpt"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
@@ -26,6 +26,7 @@ from torch import Tensor
 from vargpt.scales import ScaleSchedule
 
 
+@runtime_checkable
 class Cache(Protocol):
     """Keys and values of the tokens a decoder has seen. Opaque to everyone but the decoder that made it."""
 
@@ -39,6 +40,7 @@ class Cache(Protocol):
         ...
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """A causal decoder from embeddings to final hidden states, with logits on request."""
 
@@ -70,6 +72,7 @@ class LanguageModel(Protocol):
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]: ...
 
 
+@runtime_checkable
 class VisionEncoder(Protocol):
     """Pictures to patch features, with the preprocessing its weights were trained with."""
 
@@ -86,12 +89,14 @@ class VisionEncoder(Protocol):
     def __call__(self, pixel_values: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B P W"]: ...
 
 
+@runtime_checkable
 class Projector(Protocol):
     """A map between the widths of two parts, token by token."""
 
     def __call__(self, x: Float[Tensor, "*rows A"]) -> Float[Tensor, "*rows E"]: ...
 
 
+@runtime_checkable
 class VisualDecoder(Protocol):
     """The next-scale transformer: it predicts all the tokens of a scale from all earlier scales."""
 
@@ -130,6 +135,7 @@ class VisualDecoder(Protocol):
         ...
 
 
+@runtime_checkable
 class ImageTokenizer(Protocol):
     """Pictures in [-1, 1] to one token map per scale, and back."""
 

@@ -66,7 +66,7 @@ class VARGPT(nn.Module):
         vqvae: ImageTokenizer | None = None,
         gen_in: Projector | None = None,
         gen_out: Projector | None = None,
-        tokens: TokenIds = TokenIds(),  # noqa: B008 (frozen)
+        tokens: TokenIds = TokenIds(),
         choices: Choices = FIXED,
         tokenizer: Tokenizer | None = None,
         config: Any = None,
@@ -128,7 +128,7 @@ class VARGPT(nn.Module):
         """One teacher-forced pass over text, pictures to understand and pictures to draw.
 
         Args:
-            input_ids: every picture to understand stands as P ``<image>`` tokens, every drawing as L ``gen_pad`` tokens.
+            input_ids: a picture to understand stands as P ``<image>`` tokens, a drawing as L ``gen_pad`` tokens.
             pixel_values: the I pictures to understand, in the order of their placeholders.
             draw_images: the G drawings in the order of their placeholders: pictures in [-1, 1], or their index maps.
             labels: the token numbers to learn, -100 elsewhere. Drawings' placeholders are never text to learn.

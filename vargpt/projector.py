@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class MLPProjector(nn.Module):
             raise ValueError(f"a projector needs at least one layer, not {depth}")
         widths = [in_width] + [hidden] * (depth - 1) + [out_width]
         layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
-        for a, b in zip(widths[1:], widths[2:], strict=False):
+        for a, b in pairwise(widths[1:]):
             layers += [nn.GELU(), nn.Linear(a, b)]
         self.norm = nn.LayerNorm(in_width) if norm else nn.Identity()
         self.layers = nn.Sequential(*layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -23,7 +24,7 @@ class ScaleSchedule:
 
     def __init__(self, patch_nums: Sequence[int]) -> None:
         sides = tuple(int(p) for p in patch_nums)
-        if not sides or any(p < 1 for p in sides) or any(a > b for a, b in zip(sides, sides[1:], strict=False)):
+        if not sides or any(p < 1 for p in sides) or any(a > b for a, b in pairwise(sides)):
             raise ValueError(f"patch_nums must be positive and must not decrease, for example (1, 2, 4), not {sides}")
         object.__setattr__(self, "patch_nums", sides)
 

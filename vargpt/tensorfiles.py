@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from vargpt.files import atomic_file, read_json, write_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = {
@@ -47,6 +47,7 @@ class TensorSpec:
         return TensorSpec(tuple(tensor.shape), tensor.dtype)
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Named tensors that are read one at a time."""
 
@@ -145,44 +146,8 @@ def _dtype(file: Path, name: str, code: str) -> torch.dtype:
 def _no_weights(directory: Path) -> str:
     pickles = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
-        return f"{directory} offers pickled weights ({pickles[0]}), which are not loaded: `vargpt convert` reads VAR's .pth"
+        return f"{directory} offers pickled weights ({pickles[0]}), which are not loaded (convert reads VAR's .pth)"
     return f"{directory} has no model.safetensors and no model.safetensors.index.json"
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, or one clear line.
-
-    Raises:
-        ValueError: missing, not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary name beside ``path``; it takes its place only when all is written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: object) -> None:
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_safetensors(directory: Path, source: TensorSource, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -234,4 +199,4 @@ def _write_shard(path: Path, source: TensorSource, names: list[str]) -> None:
         for name in names:
             data = source.read(name).detach().cpu().contiguous()
             assert TensorSpec.of(data) == source.specs[name], name
-            file.write(memoryview(data.flatten().view(torch.uint8).numpy()))
+            file.write(data.flatten().view(torch.uint8).numpy().data)

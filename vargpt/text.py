@@ -299,7 +299,8 @@ class ChatTemplate:
             content = message.get("content")
             if role not in expected:
                 raise ValueError(f"message {i} has role {role!r} where {' or '.join(expected)} must come")
-            if not isinstance(content, str) or not content.strip():
+            # A user may say nothing at all: that is the empty prompt of classifier-free guidance.
+            if not isinstance(content, str) or not (content.strip() or (role == "user" and not content)):
                 raise ValueError(f"message {i} ({role}) must have a non-empty text, not {content!r}")
             if role == "user":
                 asked = add_generation_prompt or i + 1 < len(roles)

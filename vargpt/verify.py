@@ -19,12 +19,13 @@ from vargpt import generate
 from vargpt.build import build
 from vargpt.checkpoint import choices_named
 from vargpt.convert import Published, open_published
+from vargpt.files import read_json
 from vargpt.interfaces import teacher_forcing_inputs
 from vargpt.model import VARGPT, require
 from vargpt.sampling import GREEDY, Guidance
-from vargpt.tensorfiles import read_json
 from vargpt.var import NextScaleTransformer
 from vargpt.var.sample import draw_classes
+from vargpt.vqvae import MultiScaleVQVAE
 
 ACTIVATION_TOLERANCE = 1e-4
 """Largest absolute error of activations, logits and pictures, in float32."""
@@ -71,7 +72,7 @@ def verify(checkpoint: Path, golden: Path, patch_nums: tuple[int, ...] | None = 
         if needs in recording:
             rows += compare(model, recording, published)
     if not rows:
-        raise ValueError(f"{golden} records nothing that is known: its names should start with {', '.join(_COMPARISONS)}")
+        raise ValueError(f"{golden} records nothing that is known, such as {', '.join(_COMPARISONS)}")
     return rows
 
 
@@ -97,7 +98,8 @@ def _understanding(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
         context = generate.Context(llm, 1, ids.shape[1] + new, ids.device)
         hidden = context.extend(model.prompt_embeddings(ids, pixels))
         row = generate.generate_text(model, context, hidden, max_new_tokens=new, stop=())[0]
-        yield _close("understanding.greedy_ids", torch.cat((ids[0], torch.tensor(row.ids)))[None], r["understanding.greedy_ids"])
+        greedy = torch.cat((ids, torch.tensor([row.ids])), dim=1)
+        yield _close("understanding.greedy_ids", greedy, r["understanding.greedy_ids"])
 
 
 def _text_batch(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
@@ -120,6 +122,7 @@ def _tokenizer(model: VARGPT, r: Recording, prefix: str) -> Iterator[Row]:
 def _vqvae(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
     vqvae = require(model.vqvae, "image tokenizer")
     with torch.no_grad():
+        assert isinstance(vqvae, MultiScaleVQVAE)
         yield _close("vqvae.f", vqvae.latent(r["vqvae.image"]), r["vqvae.f"])
         yield from _tokenizer(model, r, "vqvae.")
         yield _close("vqvae.recon", vqvae.decode(vqvae.encode(r["vqvae.image"]).indices), r["vqvae.recon"])

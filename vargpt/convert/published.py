@@ -17,16 +17,8 @@ from vargpt.convert import published_config
 from vargpt.convert.check import check_tensors
 from vargpt.convert.rules import Table, ToOurs, ToTheirs
 from vargpt.convert.tables import CLIP_HF, LLAMA_HF, LLAVA_HF, VAR_PAIR, VARGPT_HF
-from vargpt.tensorfiles import (
-    MAX_SHARD_BYTES,
-    MemorySource,
-    SafetensorsSource,
-    TensorSource,
-    atomic_file,
-    read_json,
-    write_json,
-    write_safetensors,
-)
+from vargpt.files import atomic_file, read_json, write_json
+from vargpt.tensorfiles import MAX_SHARD_BYTES, MemorySource, SafetensorsSource, TensorSource, write_safetensors
 
 TOKENIZER_FILES = ("tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -106,13 +98,19 @@ def open_published(directory: Path, patch_nums: tuple[int, ...] | None = None) -
         else:
             ours = published_config.clip_only(config)
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{directory / 'config.json'} has a field that is missing or of the wrong type: {error}") from None
+        raise ValueError(f"{directory / 'config.json'} lacks a field or has one of the wrong type: {error}") from None
     tensors = ToOurs(_Renamed(source), _TABLES[layout])
     check_tensors(ours, tensors)
     return Published(ours, tensors, layout)
 
 
-_TABLES: dict[str, Table] = {"vargpt": VARGPT_HF, "llava": LLAVA_HF, "llama": LLAMA_HF, "clip": CLIP_HF, "var": VAR_PAIR}
+_TABLES: dict[str, Table] = {
+    "vargpt": VARGPT_HF,
+    "llava": LLAVA_HF,
+    "llama": LLAMA_HF,
+    "clip": CLIP_HF,
+    "var": VAR_PAIR,
+}
 
 
 class _Renamed:
@@ -159,7 +157,11 @@ def _var_pair(directory: Path) -> MemorySource:
 
 
 def convert(
-    source: Path, destination: Path, *, patch_nums: tuple[int, ...] | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Path,
+    destination: Path,
+    *,
+    patch_nums: tuple[int, ...] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> VargptConfig:
     """Write a published checkpoint in our layout, or one of ours in the published VARGPT layout.
 

@@ -182,9 +182,7 @@ def _token_ids(config: Mapping[str, Any], text: Mapping[str, Any]) -> TokenIds:
     )
 
 
-def find_patch_nums(
-    source: TensorSource, var: str, vqvae: str, given: tuple[int, ...] | None
-) -> tuple[int, ...]:
+def find_patch_nums(source: TensorSource, var: str, vqvae: str, given: tuple[int, ...] | None) -> tuple[int, ...]:
     """The scales of a published checkpoint: from its buffer of level numbers, else those given or the released ones.
 
     Raises:

@@ -119,7 +119,9 @@ class ToOurs:
                 unknown.append(name)
         if unknown:
             raise ValueError(f"unknown tensors in the checkpoint: {listing(unknown)}")
-        self._plan = {ours: ([t.format(**marks) for t in rule.sources], rule.via) for ours, (rule, marks) in found.items()}
+        self._plan = {
+            ours: ([t.format(**marks) for t in rule.sources], rule.via) for ours, (rule, marks) in found.items()
+        }
         missing = [name for names, _ in self._plan.values() for name in names if name not in source.specs]
         if missing:
             raise ValueError(f"missing tensors in the checkpoint: {listing(missing)}")

@@ -6,6 +6,7 @@ attention over scales and full attention are three choices of the limits; paddin
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -43,7 +44,8 @@ def attention(
         raise ValueError("causal=True and limits both say what a query sees: give one of them")
     if q_BHLK.shape[1] % k_BGMK.shape[1]:
         raise ValueError(f"{q_BHLK.shape[1]} query heads cannot share {k_BGMK.shape[1]} key heads evenly")
-    scale = q_BHLK.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(q_BHLK.shape[-1])
     if backend == "reference":
         mask = visibility(q_BHLK.shape[2], k_BGMK.shape[2], q_BHLK.device, causal, limits, key_mask)
         return _reference(q_BHLK, k_BGMK, v_BGMK, mask, scale)

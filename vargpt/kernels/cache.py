@@ -14,7 +14,15 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: int, batch: int, heads: int, length: int, head_dim: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        length: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.capacity = length
         self.length = 0

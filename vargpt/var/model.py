@@ -74,9 +74,7 @@ class NextScaleTransformer(nn.Module):
         self, next_inputs: Sequence[Float[Tensor, "B _ Z"]], condition: Float[Tensor, "B C"]
     ) -> Float[Tensor, "B L C"]:
         """Inputs of all scales for teacher forcing: ``next_inputs`` are those of scales 1 .. S-1."""
-        return torch.cat(
-            [self.embed_scale(scale, x, condition) for scale, x in enumerate((None, *next_inputs))], dim=1
-        )
+        return torch.cat([self.embed_scale(scale, x, condition) for scale, x in enumerate((None, *next_inputs))], dim=1)
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for all L tokens of ``batch`` rows."""

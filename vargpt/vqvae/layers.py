@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -78,7 +80,7 @@ class Level(nn.Module):
         self, widths: list[int], groups: int, *, attend: bool, downsample: bool = False, upsample: bool = False
     ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(b, groups) if attend else nn.Identity() for b in widths[1:])
         self.downsample = Downsample(widths[-1]) if downsample else nn.Identity()
         self.upsample = Upsample(widths[-1]) if upsample else nn.Identity()
