@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import skimage.data
@@ -143,8 +144,8 @@ def test_info_counts_every_part(capsys: pytest.CaptureFixture[str], converted: P
         (("--device", "gpu9"), "device 'gpu9' cannot be used here"),
         (("--model", "tinny"), "unknown model 'tinny': did you mean 'tiny'?"),
         (("--model", "no/such/place"), "unknown model 'no/such/place'"),
-        (("-o", "nowhere/out.png"), "cannot save nowhere/out.png (no directory nowhere)"),
-        (("-o", "out.txt"), "cannot save out.txt (unknown suffix '.txt')"),
+        (("-o", "nowhere/out.png"), "cannot write nowhere/out.png (no directory nowhere)"),
+        (("-o", "out.txt"), "cannot write out.txt (unknown suffix '.txt')"),
         (("--patch-nums", "1,b"), "--patch-nums must be numbers with commas"),
     ],
 )
@@ -183,8 +184,8 @@ def test_pictures_that_are_none(capsys: pytest.CaptureFixture[str], photo: Path,
 def test_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    assert "cannot save" in refused(capsys, "draw", "a cat", "-o", tmp_path / "file" / "out.png")
-    assert "cannot save" in refused(capsys, "draw", "a cat", "-o", tmp_path / "folder.png")
+    assert "cannot write" in refused(capsys, "draw", "a cat", "-o", tmp_path / "file" / "out.png")
+    assert "cannot write" in refused(capsys, "draw", "a cat", "-o", tmp_path / "folder.png")
     steps = refused(capsys, "draw", "a cat", "-o", tmp_path / "o.png", "--steps-dir", tmp_path / "file")
     assert "cannot write into" in steps
 
@@ -229,8 +230,8 @@ def test_an_interrupt_while_saving_keeps_the_old_picture(
     Image.new("RGB", (8, 8)).save(output)
     before = output.read_bytes()
 
-    def half(self: Image.Image, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def half(self: Image.Image, file: BinaryIO, **_: object) -> None:
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", half)

@@ -17,7 +17,7 @@ from vargpt.scales import ScaleSchedule
 ROOT = Path(__file__).resolve().parents[1]
 
 GROUND = {"scales", "interfaces", "sampling", "kernels", "next_scale"}
-FILES = {"text", "images", "tensorfiles"}
+FILES = {"files", "text", "images", "tensorfiles"}
 PARTS = {"llm", "vision", "var", "vqvae"}
 WHOLE = {"choices", "projector", "losses", "model", "generate"}
 ASSEMBLY = {"config", "config_json", "build", "convert", "checkpoint", "verify"}
@@ -32,9 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"scales", "interfaces"},
     "next_scale": {"scales", "interfaces", "sampling"},
     # Text, pictures and tensors of the outside world; they know nothing of models.
-    "text": set(),
-    "images": set(),
-    "tensorfiles": set(),
+    "files": set(),
+    "text": {"files"},
+    "images": {"files"},
+    "tensorfiles": {"files"},
     # The parts, which know nothing of each other.
     "llm": GROUND,
     "vision": GROUND,
@@ -60,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 NEVER = {"transformers": "an oracle of the tests, not a dependency", "tests": "the tests are not installed"}
 
-STANDALONE = ["llm", "vision", "var", "vqvae", "kernels", "scales", "text"]
+STANDALONE = ["llm", "vision", "var", "vqvae", "kernels", "scales", "text", "files"]
 HEAVY = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 

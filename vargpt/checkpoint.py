@@ -21,7 +21,7 @@ from vargpt.convert.published import copy_tokenizer
 from vargpt.files import read_json, write_json
 from vargpt.model import VARGPT
 from vargpt.tensorfiles import MemorySource, SafetensorsSource, TensorSource, TensorSpec, write_safetensors
-from vargpt.text import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from vargpt.text import BYTES, ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -64,6 +64,8 @@ def load(
     with torch.device("meta"):
         model = build(config, tokenizer=tokenizer)
     state = {name: tensors.read(name).to(device, dtype) for name in model.state_dict()}
+    if any(name not in state for name, _ in model.named_buffers()):
+        model = build(config, tokenizer=tokenizer)  # some networks of timm keep buffers that no checkpoint holds
     model.load_state_dict(state, assign=True)
     return model.to(device, dtype).eval()
 
@@ -132,12 +134,19 @@ def read_tokenizer(directory: Path, config: VargptConfig) -> Tokenizer | None:
     """The text tokenizer beside the weights; bytes where there is none; None for a model without text."""
     if config.llm is None:
         return None
+    t, vocab_size = config.tokens, config.llm.vocab_size
+    special = {
+        "<image>": t.image,
+        "<pad>": t.pad,
+        "<image_gen_start>": t.gen_start,
+        "<image_gen_end>": t.gen_end,
+        "<image_gen_pad>": t.gen_pad,
+    }
+    # Absent ones are negative; a padding token may be one of the vocabulary's first, such as </s>.
+    special = {name: number for name, number in special.items() if number not in range(-1, BYTES.stop)}
     if (directory / "tokenizer.model").is_file():
-        return SentencePieceTokenizer.from_directory(directory)
-    names = {"image": "<image>", "pad": "<pad>", "gen_start": "<image_gen_start>",
-             "gen_end": "<image_gen_end>", "gen_pad": "<image_gen_pad>"}  # fmt: skip
-    numbers = {text: getattr(config.tokens, name) for name, text in names.items()}
-    return ByteTokenizer({text: number for text, number in numbers.items() if number >= 0})
+        return SentencePieceTokenizer.from_directory(directory, special, vocab_size=vocab_size)
+    return ByteTokenizer(special, vocab_size=vocab_size)
 
 
 def save(model: VARGPT, directory: str | Path, *, tokenizer_from: str | Path | None = None) -> None:

@@ -72,7 +72,8 @@ def from_json(cls: type, values: Any, where: str = "config") -> Any:
 
 
 def _field(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if union else (hint,)
     if value is None:
         if type(None) not in options:
             raise ValueError(f"{where} must not be null")
@@ -86,9 +87,15 @@ def _field(hint: Any, value: Any, where: str) -> Any:
     if classes:
         return from_json(typing.cast(type, classes[0]), value, where)
     if any(typing.get_origin(option) is tuple for option in options):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a list, not {value!r}")
         return tuple(value)
+    named = [word for option in options if typing.get_origin(option) is typing.Literal for word in option.__args__]
+    if named and value not in named:
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, named))}, not {value!r}")
     expected = {int: int, float: (int, float), bool: bool, str: str}
-    allowed = tuple(expected[o] for o in options if o in expected)
-    if allowed and not any(isinstance(value, a) for a in allowed):
-        raise ValueError(f"{where} must be {' or '.join(o.__name__ for o in options)}, not {value!r}")
+    allowed = [expected[option] for option in options if option in expected]
+    if allowed and not any(isinstance(value, kind) for kind in allowed):
+        names = " or ".join(option.__name__ for option in options if option in expected)
+        raise ValueError(f"{where} must be {names}, not {value!r}")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +29,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary name beside ``path``; it takes its place only when all is written."""
+    """Write to a temporary name beside ``path``; it takes its place only when all is written.
+
+    Raises:
+        ValueError: one line that says why the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -37,8 +41,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except OSError as error:
         raise ValueError(f"cannot write {path} ({error.strerror or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    finally:  # also after KeyboardInterrupt
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, content: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,8 @@ import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from vargpt.files import atomic_file
 
 # Not all that PIL can open: for EPS, say, it starts Ghostscript, and a picture off the web must not.
 _READS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -80,16 +81,8 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     kind = _format(path)
-    # A name in the same directory, as a rename is atomic within one file system only.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        image.save(temporary, format=kind, quality=95)
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot save {path} ({_reason(error)})") from error
-    finally:  # also after KeyboardInterrupt
-        if temporary.exists():
-            temporary.unlink()
+    with atomic_file(path) as file:
+        image.save(file, format=kind, quality=95)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -101,12 +94,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     _format(path)
     if not path.parent.is_dir():
-        raise ValueError(f"cannot save {path} (no directory {path.parent}); make it first")
+        raise ValueError(f"cannot write {path} (no directory {path.parent}); make it first")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot save {path} (not writable); choose another place")
+        raise ValueError(f"cannot write {path} (not writable); choose another place")
 
 
 def _format(path: Path) -> str:
     if path.suffix.lower() not in _WRITES:
-        raise ValueError(f"cannot save {path} (unknown suffix {path.suffix!r}); use .png, .jpg, .jpeg or .webp")
+        raise ValueError(f"cannot write {path} (unknown suffix {path.suffix!r}); use .png, .jpg, .jpeg or .webp")
     return _WRITES[path.suffix.lower()]

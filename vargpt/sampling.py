@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +25,7 @@ class Sampling:
     """Of those, keep the fewest whose probabilities add up to p."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (all) or more, not {self.top_k}")
@@ -47,7 +48,7 @@ class Guidance:
     ramp: Literal["linear", "constant"] = "linear"
 
     def __post_init__(self) -> None:
-        if self.scale < 0:
+        if not 0 <= self.scale < math.inf:
             raise ValueError(f"cfg must be 0 (off) or more, not {self.scale}")
         if self.ramp not in ("linear", "constant"):
             raise ValueError(f"cfg ramp must be 'linear' or 'constant', not {self.ramp!r}")
@@ -65,9 +66,11 @@ def generators(seeds: Sequence[int], device: torch.device | str) -> list[torch.G
 def sample(
     logits: Float[Tensor, "B N V"], sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> Int[Tensor, "B N"]:
-    """Draw a token for each of N positions of B rows, row b from ``generators[b]``."""
+    """Draw a token for each of N positions of B rows, row b from ``generators[b]`` (greedy needs none)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    if len(generators) != len(logits):
+        raise ValueError(f"{len(generators)} generators for {len(logits)} rows: give one for each")
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         floor = logits.topk(sampling.top_k, dim=-1).values[..., -1:]

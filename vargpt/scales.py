@@ -64,7 +64,7 @@ class ScaleSchedule:
     def level_ids(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
         """The scale that every token belongs to."""
         lengths = torch.tensor(self.lengths, device=device)
-        return torch.repeat_interleave(torch.arange(len(self), device=device), lengths)
+        return torch.repeat_interleave(torch.arange(len(self), device=device), lengths, output_size=self.total)
 
     def visible_limits(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
         """Block-causal visibility: a token sees the first ``limits[token]`` tokens, its own scale included."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ IMAGE, IMAGE_GEN = "<image>", "<image_gen>"  # where a message shows a picture, 
 BYTES = range(3, 259)  # the LLaMA layout: <unk>, <s>, </s>, the 256 bytes, then everything else
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids and back. A subclass cuts ordinary text into ids (``_encode_text``).
 
     ``special_tokens`` are looked for first, the longest where several fit. One in ``lstrip`` (``rstrip``) swallows
@@ -74,8 +75,9 @@ class Tokenizer:
                 ids += self._encode_text(part, first=i == 0)
         return ids
 
+    @abstractmethod
     def _encode_text(self, text: str, *, first: bool) -> list[int]:
-        raise NotImplementedError
+        """Ids of text without special tokens; ``first``: no special token comes before it."""
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ``ids``. Bytes that are not UTF-8 become U+FFFD; special tokens are dropped, or named."""
@@ -98,6 +100,7 @@ class SentencePieceTokenizer(Tokenizer):
         special_tokens: Mapping[str, int] | None = None,
         *,
         legacy: bool = True,
+        vocab_size: int | None = None,
         lstrip: Collection[str] = (),
         rstrip: Collection[str] = (),
     ) -> None:
@@ -123,15 +126,22 @@ class SentencePieceTokenizer(Tokenizer):
         }
         prefixed = sp.encode("a", out_type=str)[0].startswith("▁")
         prefix = "none" if not prefixed else "every" if legacy else "first"
-        super().__init__(pieces, special, prefix=prefix, lstrip=lstrip, rstrip=rstrip)
+        super().__init__(pieces, special, prefix=prefix, vocab_size=vocab_size, lstrip=lstrip, rstrip=rstrip)
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> SentencePieceTokenizer:
+    def from_directory(
+        cls,
+        directory: str | Path,
+        special_tokens: Mapping[str, int] | None = None,
+        *,
+        vocab_size: int | None = None,
+    ) -> SentencePieceTokenizer:
         """Reads ``tokenizer.model`` and, where they exist, the files ``transformers`` keeps beside it.
 
         Special tokens come from ``added_tokens.json``, ``tokenizer_config.json`` and ``tokenizer.json``. The last also
         says how spaces were put in when the model was trained, and wins over ``legacy`` of ``tokenizer_config.json``
         (true where missing): LLaVA-1.5 carries ``"legacy": false`` and was trained with the legacy ids all the same.
+        ``special_tokens`` are names for ids that the files do not name; ``vocab_size`` is as for ``ByteTokenizer``.
         """
         directory = Path(directory)
         special: dict[str, int] = _read_json(directory / "added_tokens.json")
@@ -141,11 +151,14 @@ class SentencePieceTokenizer(Tokenizer):
         for token in tokens:
             if special.setdefault(token["content"], token["id"]) != token["id"]:
                 raise ValueError(f"{token['content']!r} has two ids in the files of {directory}: delete the wrong one")
+        named = set(special.values())
+        special |= {name: i for name, i in (special_tokens or {}).items() if i not in named}
         spaces = json.dumps([fast.get("normalizer"), fast.get("pre_tokenizer")])
         return cls(
             directory / "tokenizer.model",
             special,
             legacy='"Prepend"' in spaces or '"always"' in spaces if fast else config.get("legacy") is not False,
+            vocab_size=vocab_size,
             lstrip={token["content"] for token in tokens if token.get("lstrip")},
             rstrip={token["content"] for token in tokens if token.get("rstrip")},
         )
@@ -290,7 +303,7 @@ class ChatTemplate:
     def _segments(self, messages: Sequence[Message], add_generation_prompt: bool) -> Iterator[tuple[str, bool]]:
         """The stretches of text that are encoded on their own, and whether each is a reply."""
         roles = [message.get("role") for message in messages]
-        if not roles or roles[-1] == "system":
+        if not roles or roles == ["system"]:
             raise ValueError("a conversation needs at least one message of the user")
         if self.system and roles[0] != "system":
             yield self.system, False

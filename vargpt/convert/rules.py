@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ class Table:
 
     rules: tuple[Rule, ...]
     ignored: tuple[Ignored, ...] = field(default=())
+    aliases: tuple[tuple[str, str], ...] = field(default=())
+    """How other releases of the same library begin a name (a regular expression), and how the rules do."""
 
     def prefixed(self, theirs: str, ours: str = "") -> Table:
         """The same table for a part that stands below a prefix."""
@@ -79,8 +81,34 @@ class Table:
         )
         return Table(rules, tuple(Ignored(theirs + i.theirs, i.why, _below(i.rebuild, theirs)) for i in self.ignored))
 
+    def canonical(self, name: str) -> str:
+        """A published name as the rules spell it."""
+        for beginning, usual in self.aliases:
+            name = re.sub(f"^(?:{beginning})", usual, name)
+        return name
+
+    def ignores(self, name: str) -> bool:
+        return any(_match(ignored.theirs, name) is not None for ignored in self.ignored)
+
+    def rule_for(self, name: str) -> tuple[Rule, int, str] | None:
+        """The rule of a published name, which of its sources the name is, and our name."""
+        for rule in self.rules:
+            for number, source in enumerate(rule.sources):
+                marks = _match(source, name)
+                if marks is not None:
+                    return rule, number, rule.ours.format(**marks)
+        return None
+
+    def rule_of_ours(self, ours: str) -> tuple[Rule, list[str]] | None:
+        """The rule of one of our names, and the published names that belong to it."""
+        for rule in self.rules:
+            marks = _match(rule.ours, ours)
+            if marks is not None:
+                return rule, [source.format(**marks) for source in rule.sources]
+        return None
+
     def __add__(self, other: Table) -> Table:
-        return Table(self.rules + other.rules, self.ignored + other.ignored)
+        return Table(self.rules + other.rules, self.ignored + other.ignored, self.aliases + other.aliases)
 
 
 def _below(
@@ -99,44 +127,55 @@ def _below(
 class ToOurs:
     """A published checkpoint under our names. A ``TensorSource``: tensors are changed as they are read.
 
-    Raises:
-        ValueError: names that the table does not know, all listed; or a group of names of which some are missing.
+    Whether it holds what it should is for ``check_published`` to say; before that, ``specs`` may fail.
     """
 
     def __init__(self, source: TensorSource, table: Table) -> None:
-        self._source = source
-        found: dict[str, tuple[Rule, dict[str, str]]] = {}
-        unknown = []
+        self.source, self._table = source, table
+        self.unknown: list[str] = []
+        """Published names that the table does not know, or that give one of our tensors a second time."""
+        self._rules: dict[str, Rule] = {}
+        self._names: dict[tuple[str, int], str] = {}
         for name in source.specs:
-            if any(_match(i.theirs, name) is not None for i in table.ignored):
+            canonical = table.canonical(name)
+            if table.ignores(canonical):
                 continue
-            for rule in table.rules:
-                marks = next((m for t in rule.sources if (m := _match(t, name)) is not None), None)
-                if marks is not None:
-                    found[rule.ours.format(**marks)] = (rule, marks)
-                    break
-            else:
-                unknown.append(name)
-        if unknown:
-            raise ValueError(f"unknown tensors in the checkpoint: {listing(unknown)}")
-        self._plan = {
-            ours: ([t.format(**marks) for t in rule.sources], rule.via) for ours, (rule, marks) in found.items()
-        }
-        missing = [name for names, _ in self._plan.values() for name in names if name not in source.specs]
-        if missing:
-            raise ValueError(f"missing tensors in the checkpoint: {listing(missing)}")
-        self.specs = {
-            ours: TensorSpec.of(via.to_ours([source.specs[name].meta() for name in names]))
-            for ours, (names, via) in self._plan.items()
+            found = table.rule_for(canonical)
+            if found is None or (found[2], found[1]) in self._names or self._rules.get(found[2], found[0]) != found[0]:
+                self.unknown.append(name)
+                continue
+            rule, number, ours = found
+            self._rules[ours] = rule
+            self._names[ours, number] = name
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Our names of the tensors that are there, be it in part."""
+        return self._rules.keys()
+
+    def theirs(self, ours: str, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """What the checkpoint should hold for one of our tensors: its own names where it has them."""
+        found = self._table.rule_of_ours(ours)
+        assert found is not None, ours
+        rule = self._rules.get(ours, found[0])
+        parts = rule.via.to_theirs(spec.meta(), len(rule.sources))
+        return {
+            self._names.get((ours, number), usual): TensorSpec.of(part)
+            for number, (usual, part) in enumerate(zip(found[1], parts, strict=True))
         }
 
-    def theirs(self, ours: str) -> list[str]:
-        """The published names behind one of ours, for messages."""
-        return self._plan[ours][0]
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {
+            ours: TensorSpec.of(rule.via.to_ours([self.source.specs[name].meta() for name in self._sources(ours)]))
+            for ours, rule in self._rules.items()
+        }
 
     def read(self, name: str) -> Tensor:
-        names, via = self._plan[name]
-        return via.to_ours([self._source.read(n) for n in names])
+        return self._rules[name].via.to_ours([self.source.read(source) for source in self._sources(name)])
+
+    def _sources(self, ours: str) -> list[str]:
+        return [self._names[ours, number] for number in range(len(self._rules[ours].sources))]
 
 
 class ToTheirs:
@@ -148,17 +187,15 @@ class ToTheirs:
         specs: dict[str, TensorSpec] = {}
         unknown = []
         for ours, spec in source.specs.items():
-            for rule in table.rules:
-                marks = _match(rule.ours, ours)
-                if marks is not None:
-                    parts = rule.via.to_theirs(spec.meta(), len(rule.sources))
-                    for number, (template, part) in enumerate(zip(rule.sources, parts, strict=True)):
-                        name = template.format(**marks)
-                        self._plan[name] = (ours, rule.via, number, len(parts))
-                        specs[name] = TensorSpec.of(part)
-                    break
-            else:
+            found = table.rule_of_ours(ours)
+            if found is None:
                 unknown.append(ours)
+                continue
+            rule, names = found
+            parts = rule.via.to_theirs(spec.meta(), len(names))
+            for number, (name, part) in enumerate(zip(names, parts, strict=True)):
+                self._plan[name] = (ours, rule.via, number, len(names))
+                specs[name] = TensorSpec.of(part)
         if unknown:
             raise ValueError(f"the published layout has no place for: {listing(unknown)}")
         self._rebuilt: dict[str, Tensor] = {}

@@ -77,6 +77,8 @@ CLIP_HF = CLIP_VISION_HF + Table(
         Ignored("visual_projection.weight", "belongs to the contrastive loss"),
         Ignored("logit_scale", "belongs to the contrastive loss"),
     ),
+    # transformers 5 saves the vision half alone without the prefix.
+    ((r"(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", "vision_model."),),
 )
 
 LLAVA_HF = (
@@ -86,7 +88,14 @@ LLAVA_HF = (
         (
             Rule("multi_modal_projector.linear_1.{p}", "projector.layers.0.{p}"),
             Rule("multi_modal_projector.linear_2.{p}", "projector.layers.2.{p}"),
-        )
+        ),
+        # The same names in the checkpoints of transformers 4.52 and later, and of 5.
+        aliases=(
+            (r"model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+            (r"language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+            (r"lm_head\.", "language_model.lm_head."),
+            (r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+        ),
     )
 )
 

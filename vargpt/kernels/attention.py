@@ -44,6 +44,8 @@ def attention(
         raise ValueError("causal=True and limits both say what a query sees: give one of them")
     if q_BHLK.shape[1] % k_BGMK.shape[1]:
         raise ValueError(f"{q_BHLK.shape[1]} query heads cannot share {k_BGMK.shape[1]} key heads evenly")
+    if q_BHLK.shape[2] > k_BGMK.shape[2]:
+        raise ValueError(f"{q_BHLK.shape[2]} queries cannot be the last of {k_BGMK.shape[2]} keys")
     if scale is None:
         scale = 1 / math.sqrt(q_BHLK.shape[-1])
     if backend == "reference":
@@ -87,17 +89,16 @@ def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, limits: Tensor | None, key_mask: Tensor | None, scale: float
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    # torch's own causal flag (the fast path) aligns the first query with the first key; one query sees everything.
-    plain = causal and key_mask is None and queries == keys
-    if causal and queries == 1:
-        causal = False
-    mask = None if plain else visibility(queries, keys, q.device, causal, limits, key_mask)
+    causal = causal and queries > 1  # a lone query is the last of the keys: it sees them all
+    # torch's own causal flag (the fast path) aligns the first query with the first key, and takes no mask.
+    fast = causal and key_mask is None and queries == keys
+    mask = None if fast else visibility(queries, keys, q.device, causal, limits, key_mask)
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=None if mask is None else mask[:, None],
-        is_causal=plain and queries > 1,
+        is_causal=fast,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )

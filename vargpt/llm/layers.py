@@ -14,15 +14,16 @@ from vargpt.kernels import KVCache, attention
 from vargpt.llm.config import LlamaConfig
 
 
-def rope_frequencies(config: LlamaConfig, length: int) -> Float[Tensor, " half"]:
+def rope_frequencies(config: LlamaConfig, positions: Int[Tensor, "R T"]) -> Float[Tensor, " half"]:
     """Angle per position of every pair of channels, in radians (RoFormer, section 3.4.2).
 
     Args:
-        length: longest row so far; only ``dynamic`` scaling depends on it.
+        positions: of the new tokens; only ``dynamic`` scaling depends on them, on the longest row.
     """
     scaling, theta = config.rope_scaling, config.rope_theta
-    if scaling is not None and scaling.kind == "dynamic" and length > scaling.original_positions:
-        stretch = scaling.factor * length / scaling.original_positions - (scaling.factor - 1)
+    if scaling is not None and scaling.kind == "dynamic":
+        longest = max(int(positions.max()) + 1, scaling.original_positions)
+        stretch = scaling.factor * longest / scaling.original_positions - (scaling.factor - 1)
         theta *= stretch ** (config.head_dim / (config.head_dim - 2))
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / theta**exponents

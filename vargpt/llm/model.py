@@ -83,7 +83,7 @@ class LlamaDecoder(nn.Module):
                     f"but there are {past} cached and {new} new ones"
                 )
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        cos, sin = rotations(rope_frequencies(self.config, past + new), positions, x_BTD.dtype)
+        cos, sin = rotations(rope_frequencies(self.config, positions), positions, x_BTD.dtype)
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, cos, sin, attention_mask, cache, layer)
         if cache is not None:

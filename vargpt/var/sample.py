@@ -27,8 +27,10 @@ def draw_classes(
     """Draw one picture per label; picture i uses seed ``seed + i``.
 
     Raises:
-        ValueError: a label outside 0 .. num_classes - 1.
+        ValueError: no label, or one outside 0 .. num_classes - 1.
     """
+    if not labels:
+        raise ValueError("there is nothing to draw: labels is empty")
     for label in labels:
         if not 0 <= label < var.config.num_classes:
             raise ValueError(f"label {label} is not one of the {var.config.num_classes} classes")

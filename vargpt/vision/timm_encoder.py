@@ -19,7 +19,7 @@ class TimmEncoder(nn.Module):
     """Outputs of one block of a timm network, without the final norm, with the network's own preprocessing.
 
     ``model`` is timm's own module (parameters ``model.patch_embed.proj.weight``, ...), cut after the feature layer.
-    Any network with ``forward_intermediates`` works; a feature map is read row by row.
+    Nearly every family of timm's works (not gemma4_vit); a feature map is read row by row.
 
     Raises:
         ValueError: timm has no such model, the model has no such layer, or it cannot take pictures of that size.
@@ -32,16 +32,14 @@ class TimmEncoder(nn.Module):
 
         self.config = config
         self.model = _whole(config)
-        stages = getattr(self.model, "feature_info", None)
-        if stages is None or not hasattr(self.model, "forward_intermediates"):
-            raise ValueError(f"timm's {config.model_name} does not give the features of its blocks")
+        stages = self.model.feature_info
         blocks = blocks_before(config.feature_layer, len(getattr(stages, "info", stages)))
         if blocks == 0:
             raise ValueError(f"timm's {config.model_name} does not give its embeddings; feature_layer 0 is not there")
         self._block = blocks - 1
         self.model.prune_intermediate_layers([self._block], prune_norm=True, prune_head=True)
 
-        # Networks that add the class token after their blocks (XCiT, CaiT) have none to give.
+        # Networks that add the class token after their first blocks (CaiT, ConViT) have none to give.
         gives_prefix = "return_prefix_tokens" in inspect.signature(self.model.forward_intermediates).parameters
         self._with_prefix = config.keep_prefix and gives_prefix and getattr(self.model, "num_prefix_tokens", 0) > 0
 

@@ -100,9 +100,15 @@ class MultiScaleVQVAE(nn.Module):
     def next_input(self, scale: int, f_hat: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B N Z"]:
         return rearrange(self.quantizer.down(scale, f_hat), "B Z h w -> B (h w) Z")
 
-    def forward(self, images: Float[Tensor, "B 3 height width"]) -> VqvaeOutput:
-        """Reconstruct, with the losses that need no second network (VAR, section 3.3)."""
-        quantized = self.quantizer(self.latent(images))
+    def forward(
+        self, images: Float[Tensor, "B 3 height width"], keep: Int[Tensor, " B"] | None = None
+    ) -> VqvaeOutput:
+        """Reconstruct, with the losses that need no second network (VAR, section 3.3).
+
+        Args:
+            keep: how many scales of each picture to reconstruct it from; by default all.
+        """
+        quantized = self.quantizer(self.latent(images), keep)
         reconstruction = self.decoder(self.post_quant_conv(quantized.f_hat))
         l1, l2 = F.l1_loss(reconstruction, images), F.mse_loss(reconstruction, images)
         return VqvaeOutput(

@@ -20,7 +20,7 @@ class Quantized:
     """A quantized latent, for training."""
 
     f_hat: Float[Tensor, "B Z h w"]
-    """The sum of the scales; its gradient goes straight through to the latent that was quantized."""
+    """The sum of the scales that are kept; its gradient goes straight through to the latent that was quantized."""
     indices: tuple[Int[Tensor, "B _"], ...]
     vq_loss: Float[Tensor, ""]
     """Moves the codes (and phi) towards the latent; mean over the scales."""
@@ -75,19 +75,24 @@ class MultiScaleQuantizer(nn.Module):
         side = self.schedule.patch_nums[scale]
         return f if scale == len(self.schedule) - 1 else F.interpolate(f, size=(side, side), mode="area")
 
-    def forward(self, f: Float[Tensor, "B Z h w"]) -> Quantized:
+    def forward(self, f: Float[Tensor, "B Z h w"], keep: Int[Tensor, " B"] | None = None) -> Quantized:
         """Quantize with the losses of training.
 
         Gradients of ``vq_loss`` reach the codes, those of ``commitment_loss`` the latent.
+
+        Args:
+            keep: how many scales of each picture ``f_hat`` sums up, from the first; by default all. Pictures decoded
+                from a prefix teach the coarse scales to carry the picture. The losses always run over all scales.
         """
         target, f_hat = f.detach(), torch.zeros_like(f)
-        residual = target
+        residual, kept = target, f_hat
         vq_loss, commitment_loss = f.new_zeros(()), f.new_zeros(())
         index_maps, hits = [], []
         for scale in range(len(self.schedule)):
             indices = self.nearest(self.down(scale, residual))
             added = self.contribution(scale, indices)
             residual, f_hat = residual - added.detach(), f_hat + added
+            kept = f_hat if keep is None else torch.where((scale < keep)[:, None, None, None], f_hat, kept)
             vq_loss = vq_loss + F.mse_loss(f_hat, target)
             commitment_loss = commitment_loss + F.mse_loss(f_hat.detach(), f)
             index_maps.append(indices)
@@ -97,7 +102,7 @@ class MultiScaleQuantizer(nn.Module):
             self.usage_SV.lerp_(hits_SV.to(self.usage_SV.dtype), 0.01 if self.usage_SV.any() else 1.0)
         scales = len(self.schedule)
         return Quantized(
-            f_hat=f + (f_hat - f).detach(),
+            f_hat=f + (kept - f).detach(),
             indices=tuple(index_maps),
             vq_loss=vq_loss / scales,
             commitment_loss=commitment_loss / scales,

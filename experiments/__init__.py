@@ -1,0 +1,1 @@
+"""Training, evaluation and ablations; what they found is in LOG.md."""
