@@ -12,7 +12,6 @@ from torch import Tensor, nn
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class PerceptualConfig:
     """A torchvision network whose features are compared."""
@@ -53,9 +52,7 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, ours: Float[Tensor, "B 3 h w"], theirs: Float[Tensor, "B 3 h w"]) -> Float[Tensor, ""]:
         a, b = (self._features(((x + 1) / 2 - self.mean) / self.std) for x in (ours, theirs))
-        distances = [
-            (F.normalize(a[name], dim=1) - F.normalize(b[name], dim=1)).square().sum(1).mean() for name in a
-        ]
+        distances = [(F.normalize(a[name], dim=1) - F.normalize(b[name], dim=1)).square().sum(1).mean() for name in a]
         return self.weight * torch.stack(distances).sum()
 
 

@@ -60,8 +60,8 @@ class Ema:
     def update(self, module: nn.Module, step: int) -> None:
         weight = 1 - min(self.decay, (step + 1) / (step + 10))
         parameters = dict(module.named_parameters())
-        names = list(self.shadow)
-        torch._foreach_lerp_([self.shadow[n] for n in names], [parameters[n] for n in names], weight)
+        for name in self.shadow:
+            self.shadow[name].lerp_(parameters[name], weight)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -234,7 +234,12 @@ def settings(section: str, cls: type[Config], arguments: list[str]) -> tuple[str
     if name not in known:
         raise ValueError(f"unknown configuration {name!r}: choose one of {', '.join(known)}")
     try:
-        values = OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.load(folder / f"{name}.yaml")
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise ValueError(f"{override!r} must be key=value")
+            OmegaConf.update(values, key, OmegaConf.from_dotlist([f"value={value}"]).value)
         values = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(" ".join(str(error).split())) from None

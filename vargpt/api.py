@@ -14,7 +14,7 @@ from torch import Tensor
 from vargpt.choices import NullBranch
 from vargpt.generate import Context, generate_text, pad_left, read_token
 from vargpt.generate import draw as draw_rows
-from vargpt.images import for_drawing, to_pil
+from vargpt.images import for_drawing, to_pil, to_tensor
 from vargpt.interfaces import LanguageModel, TokenMaps
 from vargpt.model import VARGPT, require
 from vargpt.next_scale import ScaleStep
@@ -306,7 +306,9 @@ def _read(
         pixels = torch.stack([vision.preprocess(picture) for picture in pictures]).to(model.device)
     if drawn:
         vqvae, var = require(model.vqvae, "image tokenizer"), require(model.var, "visual decoder")
-        images = torch.stack([for_drawing(picture, vqvae.image_size) for picture in drawn]).to(model.device)
+        size = (vqvae.image_size, vqvae.image_size)
+        tensors = [to_tensor(p) if p.size == size else for_drawing(p, vqvae.image_size) for p in drawn]
+        images = torch.stack(tensors).to(model.device)
         condition = var.condition(torch.full((len(drawn),), var.image_class, device=model.device))
         drawings = model.drawing_inputs(vqvae.encode(images).indices, condition)
     context = Context(llm, len(rows), min(longest + room, llm.context_length), model.device)

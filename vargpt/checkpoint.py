@@ -20,7 +20,7 @@ from vargpt.convert.check import check_tensors, expected_tensors
 from vargpt.convert.published import copy_tokenizer
 from vargpt.files import read_json, write_json
 from vargpt.model import VARGPT
-from vargpt.tensorfiles import MemorySource, SafetensorsSource, TensorSource, TensorSpec, write_safetensors
+from vargpt.tensorfiles import MemorySource, TensorSource, TensorSpec, write_safetensors
 from vargpt.text import BYTES, ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -56,6 +56,8 @@ def load(
     config, tensors = read(directory, patch_nums)
     if choices is not None:
         config = dataclasses.replace(config, choices=choices_named(choices))
+        if tensors is not None:
+            check_tensors(config, tensors, directory)
     tokenizer = read_tokenizer(directory, config)
     if tensors is None:
         seed = read_json(directory / "config.json")["random_seed"]
@@ -73,17 +75,13 @@ def load(
 def read(directory: Path, patch_nums: tuple[int, ...] | None = None) -> tuple[VargptConfig, TensorSource | None]:
     """Configuration and tensors of a directory, checked against each other; no tensors where the configuration asks
     for random weights."""
-    if published_layout(directory) != "ours":
-        if any(directory.glob("var*.pth")):
-            raise ValueError(f"{directory} offers pickled weights: run `vargpt convert {directory} DST` and load DST")
-        published = open_published(directory, patch_nums)
-        return published.config, published.source
-    config = read_config(directory)
-    if "random_seed" in read_json(directory / "config.json"):
-        return config, None
-    tensors = SafetensorsSource(directory)
-    check_tensors(config, tensors)
-    return config, tensors
+    layout = published_layout(directory)
+    if layout == "var":
+        raise ValueError(f"{directory} offers pickled weights: run `vargpt convert {directory} DST` and load DST")
+    if layout == "ours" and "random_seed" in read_json(directory / "config.json"):
+        return read_config(directory), None
+    published = open_published(directory, patch_nums)
+    return published.config, published.source
 
 
 def find(source: str | Path, revision: str | None = None) -> Path:
@@ -131,7 +129,7 @@ def choices_named(choices: Choices | str) -> Choices:
 
 
 def read_tokenizer(directory: Path, config: VargptConfig) -> Tokenizer | None:
-    """The text tokenizer beside the weights; bytes where there is none; None for a model without text."""
+    """The text tokenizer beside the weights; bytes where there is none; None where neither will do."""
     if config.llm is None:
         return None
     t, vocab_size = config.tokens, config.llm.vocab_size
@@ -146,6 +144,8 @@ def read_tokenizer(directory: Path, config: VargptConfig) -> Tokenizer | None:
     special = {name: number for name, number in special.items() if number not in range(-1, BYTES.stop)}
     if (directory / "tokenizer.model").is_file():
         return SentencePieceTokenizer.from_directory(directory, special, vocab_size=vocab_size)
+    if (directory / "tokenizer.json").is_file() or vocab_size < BYTES.stop:
+        return None  # a vocabulary of a kind that is not read here, or one without room for bytes
     return ByteTokenizer(special, vocab_size=vocab_size)
 
 

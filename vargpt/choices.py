@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+ABSENT = -1
+"""Number of a special token that a model does not have."""
+
 NullBranch = Literal["noise", "class", "prompt"]
 
 

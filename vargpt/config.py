@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from vargpt.choices import FIXED, PUBLISHED, Choices, TokenIds
+from vargpt.choices import ABSENT, FIXED, PUBLISHED, Choices, TokenIds
 from vargpt.llm.config import LlamaConfig
 from vargpt.var.config import VarConfig
 from vargpt.vision.config import OpenClipConfig, TimmConfig
@@ -49,7 +49,7 @@ class VargptConfig:
         if self.llm:
             used = dataclasses.asdict(self.tokens)
             for name, number in used.items():
-                if not 0 <= number < self.llm.vocab_size:
+                if number != ABSENT and not 0 <= number < self.llm.vocab_size:
                     raise ValueError(f"tokens.{name} = {number} lies outside the vocabulary of {self.llm.vocab_size}")
 
 
@@ -66,12 +66,15 @@ VARGPT_7B = VargptConfig(
 """The released model (arXiv 2501.12327): 9.28 B parameters."""
 
 
-def _square(
-    *, patch_nums: tuple[int, ...], vocab: int, latent: int, channels: tuple[int, tuple[int, ...]], groups: int,
-    llm: tuple[int, int], var: tuple[int, int], image: tuple[int, int], vision: tuple[int, int],
-) -> VargptConfig:  # fmt: skip
-    """A small model from few numbers; pairs are (width, depth), (side, patch) and (channels, multipliers)."""
-    width, depth = llm
+SMALL_VOCABULARY = 640
+SMALL_TOKENS = TokenIds(image=635, pad=636, gen_start=637, gen_end=638, gen_pad=639)  # of assets/tiny/tokenizer.model
+SMALL_CHOICES = dataclasses.replace(FIXED, training_template="plain", inference_template="plain")
+
+
+def _small(
+    vqvae: VqvaeConfig, *, width: int, depth: int, vision_width: int, vision_depth: int, patch_size: int
+) -> VargptConfig:
+    """A model around an image tokenizer: both decoders of one size, pictures to understand as large as those drawn."""
     return VargptConfig(
         llm=LlamaConfig(
             vocab_size=SMALL_VOCABULARY,
@@ -84,54 +87,77 @@ def _square(
             max_positions=1024,
         ),
         vision=OpenClipConfig(
-            image_size=image[0],
-            patch_size=image[1],
-            width=vision[0],
-            depth=vision[1],
-            num_heads=vision[0] // 32,
-            mlp_width=vision[0] * 4,
+            image_size=vqvae.image_size,
+            patch_size=patch_size,
+            width=vision_width,
+            depth=vision_depth,
+            num_heads=vision_width // 32,
+            mlp_width=4 * vision_width,
             quick_gelu=False,
         ),
         projector=ProjectorConfig(hidden=width),
         var=VarConfig(
-            patch_nums=patch_nums,
-            vocab_size=vocab,
-            latent_channels=latent,
-            width=var[0],
-            depth=var[1],
-            num_heads=var[0] // 32,
+            patch_nums=vqvae.patch_nums,
+            vocab_size=vqvae.vocab_size,
+            latent_channels=vqvae.latent_channels,
+            width=width,
+            depth=depth,
+            num_heads=width // 32,
             drop_path=0.0,
         ),
-        vqvae=VqvaeConfig(
-            patch_nums=patch_nums,
-            vocab_size=vocab,
-            latent_channels=latent,
-            channels=channels[0],
-            channel_multipliers=channels[1],
-            norm_groups=groups,
-        ),
+        vqvae=vqvae,
         gen_in=ProjectorConfig(hidden=width),
         gen_out=ProjectorConfig(hidden=width),
         tokens=SMALL_TOKENS,
+        choices=SMALL_CHOICES,
     )
 
 
-SMALL_VOCABULARY = 640
-SMALL_TOKENS = TokenIds(image=635, pad=636, gen_start=637, gen_end=638, gen_pad=639)  # of assets/tiny/tokenizer.model
-
-PRESETS = {
-    "nano": _square(
-        patch_nums=(1, 2, 3, 4), vocab=256, latent=8, channels=(32, (1, 1, 2, 2)), groups=16,
-        llm=(128, 3), var=(128, 3), image=(32, 8), vision=(96, 3),
+NANO = _small(
+    VqvaeConfig(
+        patch_nums=(1, 2, 4),
+        vocab_size=256,
+        latent_channels=8,
+        channels=32,
+        channel_multipliers=(1, 1, 2, 2),
+        res_blocks=1,
+        norm_groups=16,
     ),
-    "tiny": _square(
-        patch_nums=(1, 2, 3, 4, 6, 8), vocab=512, latent=16, channels=(32, (1, 2, 3, 4)), groups=16,
-        llm=(256, 6), var=(256, 6), image=(64, 8), vision=(160, 5),
+    width=128,
+    depth=4,
+    vision_width=96,
+    vision_depth=4,
+    patch_size=8,
+)
+TINY = _small(
+    VqvaeConfig(
+        patch_nums=(1, 2, 3, 4, 6, 8),
+        vocab_size=512,
+        latent_channels=16,
+        channels=32,
+        channel_multipliers=(1, 2, 2, 3),
+        res_blocks=1,
+        norm_groups=16,
     ),
-    "small": _square(
-        patch_nums=(1, 2, 3, 4, 5, 6, 8), vocab=1024, latent=16, channels=(64, (1, 1, 2, 2, 4)), groups=32,
-        llm=(512, 8), var=(512, 8), image=(128, 16), vision=(384, 8),
+    width=256,
+    depth=6,
+    vision_width=160,
+    vision_depth=5,
+    patch_size=8,
+)
+SMALL = _small(
+    VqvaeConfig(
+        patch_nums=(1, 2, 3, 4, 5, 6, 8),
+        vocab_size=1024,
+        latent_channels=16,
+        channels=64,
+        channel_multipliers=(1, 1, 2, 2, 4),
     ),
-    "vargpt-7b": VARGPT_7B,
-}  # fmt: skip
+    width=512,
+    depth=8,
+    vision_width=384,
+    vision_depth=8,
+    patch_size=16,
+)
+PRESETS = {"nano": NANO, "tiny": TINY, "small": SMALL, "vargpt-7b": VARGPT_7B}
 """Named sizes: ``nano`` trains in minutes, ``vargpt-7b`` is the released model."""

@@ -44,7 +44,7 @@ def to_json(config: Any) -> Any:
         values = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
         kinds = [kind for kind, cls in _KINDS.items() if isinstance(config, cls)]
         return {"kind": kinds[0], **values} if kinds else values
-    return list(config) if isinstance(config, tuple) else config
+    return [to_json(item) for item in config] if isinstance(config, tuple) else config
 
 
 def from_json(cls: type, values: Any, where: str = "config") -> Any:
@@ -86,10 +86,11 @@ def _field(hint: Any, value: Any, where: str) -> Any:
         return from_json(_KINDS[kind], value, where)
     if classes:
         return from_json(typing.cast(type, classes[0]), value, where)
-    if any(typing.get_origin(option) is tuple for option in options):
+    items = [typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple]
+    if items:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} must be a list, not {value!r}")
-        return tuple(value)
+        return tuple(_field(items[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     named = [word for option in options if typing.get_origin(option) is typing.Literal for word in option.__args__]
     if named and value not in named:
         raise ValueError(f"{where} must be one of {', '.join(map(repr, named))}, not {value!r}")

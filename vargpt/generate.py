@@ -156,6 +156,8 @@ def draw(
         if empty is None or empty.batch != batch:
             raise ValueError('null="prompt" needs a context of the empty prompt, with as many rows')
         unconditional = empty
+    elif guided and noise is None and len(generators) != batch:
+        raise ValueError(f'null="noise" needs a generator for each of {batch} rows, not {len(generators)}')
 
     image_class = var.image_class if model.choices.condition_class == "image" else var.null_class
     classes = torch.full((batch,), image_class, device=model.device)

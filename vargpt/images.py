@@ -63,7 +63,12 @@ def for_drawing(image: Image.Image, size: int, crop: torch.Generator | None = No
         top, left = round((height - size) / 2), round((width - size) / 2)
     else:
         top, left = (int(torch.randint(room + 1, (), generator=crop)) for room in (height - size, width - size))
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 127.5 - 1
+    return to_tensor(image.crop((left, top, left + size, top + size)))
+
+
+def to_tensor(image: Image.Image) -> Float[Tensor, "3 height width"]:
+    """A picture as it is, as float32 in [-1, 1]."""
+    pixels = np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor
@@ -28,12 +29,7 @@ from vargpt.scales import ScaleSchedule
 
 @runtime_checkable
 class Cache(Protocol):
-    """Keys and values of the tokens a decoder has seen. Opaque to everyone but the decoder that made it."""
-
-    @property
-    def length(self) -> int:
-        """Tokens held, padding included."""
-        ...
+    """What a decoder remembers of the tokens it has seen. Opaque to everyone but the decoder that made it."""
 
     def select(self, rows: Int[Tensor, " R"]) -> Cache:
         """A copy whose row i is row ``rows[i]``: several continuations of one prompt share its first pass."""
@@ -175,10 +171,14 @@ class TokenMaps:
     f_hat: Float[Tensor, "B Z h w"]
 
 
+@torch.no_grad()
 def teacher_forcing_inputs(
     tokenizer: ImageTokenizer, indices: Sequence[Int[Tensor, "B _"]]
 ) -> tuple[Float[Tensor, "B _ Z"], ...]:
-    """Inputs of scales 1 .. S-1 when the true tokens of every earlier scale are known."""
+    """Inputs of scales 1 .. S-1 when the true tokens of every earlier scale are known.
+
+    No gradient: what predicts a picture's tokens does not change what they mean.
+    """
     f_hat, inputs = None, []
     for scale, index_map in enumerate(indices[:-1]):
         f_hat = tokenizer.add_scale(scale, index_map, f_hat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -31,13 +31,18 @@ class VargptOutput:
 
     hidden: Float[Tensor, "B T D"]
     """Final hidden states of the language model."""
-    text_logits: Float[Tensor, "B T V"]
+    llm: LanguageModel = field(repr=False)
     image_logits: Float[Tensor, "G L X"] | None
     """Logits of the G drawings' tokens, against their own (unshifted) indices."""
     loss: Float[Tensor, ""] | None
     """text_loss + image_loss, of those that apply."""
     text_loss: Float[Tensor, ""] | None
     image_loss: Float[Tensor, ""] | None
+
+    @property
+    def text_logits(self) -> Float[Tensor, "B T V"]:
+        """Logits at every position, computed when asked for: they are wide, and the loss needs few of them."""
+        return self.llm.logits(self.hidden)
 
 
 class VARGPT(nn.Module):
@@ -146,7 +151,7 @@ class VARGPT(nn.Module):
             condition = self._training_condition(len(indices[0]), drop_condition)
             drawings = self.drawing_inputs(indices, condition)
             if pixel_values is not None and not self.choices.scatter_in_mixed_batches:
-                drawings = llm.embed(input_ids[places].view(drawings.shape[:2]))
+                drawings = llm.embed(input_ids.new_full(drawings.shape[:2], self.tokens.gen_pad))
         x = self.prompt_embeddings(input_ids, pixel_values, drawings)
         hidden = llm(x, attention_mask=attention_mask)
 
@@ -164,7 +169,7 @@ class VARGPT(nn.Module):
         losses = [loss for loss in (text_loss, image_loss) if loss is not None]
         return VargptOutput(
             hidden=hidden,
-            text_logits=llm.logits(hidden),
+            llm=llm,
             image_logits=image_logits,
             loss=torch.stack(losses).sum() if losses else None,
             text_loss=text_loss,

@@ -68,6 +68,17 @@ class MemorySource:
         return self._tensors[name]
 
 
+class CompletedSource:
+    """A source with a few more tensors, which it lacks."""
+
+    def __init__(self, source: TensorSource, more: Mapping[str, Tensor]) -> None:
+        self._source, self._more = source, more
+        self.specs = {**source.specs, **{name: TensorSpec.of(tensor) for name, tensor in more.items()}}
+
+    def read(self, name: str) -> Tensor:
+        return self._more[name] if name in self._more else self._source.read(name)
+
+
 class SafetensorsSource:
     """The tensors of a directory: ``model.safetensors``, or the shards its index names.
 

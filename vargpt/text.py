@@ -326,8 +326,10 @@ VICUNA = ChatTemplate()
 PUBLISHED_TRAINING = replace(VICUNA, bos=False)
 PUBLISHED_INFERENCE = VICUNA
 LLAVA = replace(VICUNA, system="", eos=False)  # of the LLaVA-1.5 checkpoints converted for transformers
+PLAIN = replace(VICUNA, system="")  # of the small models trained here, whose context is dear
 TEMPLATES = {
     "vicuna": VICUNA,
+    "plain": PLAIN,
     "published_training": PUBLISHED_TRAINING,
     "published_inference": PUBLISHED_INFERENCE,
     "llava": LLAVA,

@@ -6,9 +6,12 @@ A recording is one safetensors file of inputs and outputs; which comparisons run
 from __future__ import annotations
 
 import dataclasses
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +37,12 @@ GRADIENT_TOLERANCE = 1e-3
 PUBLISHED_CFG = 1.5
 CLASS_CFG = 4.0
 
-Recording = Mapping[str, Tensor]
+
+class Recording(dict[str, Tensor]):
+    """Inputs and outputs by name."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(f"the recording lacks {name}, which belongs to what else it holds")
 
 
 @dataclass(frozen=True)
@@ -50,30 +58,59 @@ class Row:
         return self.error <= self.tolerance  # false for NaN
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What the comparisons share."""
+
+    model: VARGPT
+    recording: Recording
+    published: Published
+    profile: Mapping[str, Any]
+
+
 def verify(checkpoint: Path, golden: Path, patch_nums: tuple[int, ...] | None = None) -> list[Row]:
-    """Run a published checkpoint, with the published choices, on a recording's inputs and compare every output.
+    """Run a checkpoint, with the published choices, on a recording's inputs and compare every output.
+
+    ``profile.json`` beside the recording may name the scales (which a checkpoint does not always tell) and the
+    guidance. What the recording holds and nothing is compared with is warned of.
 
     Raises:
         ValueError: a checkpoint or recording that cannot be read, or a recording with nothing to compare.
     """
     try:
-        recording = load_file(golden)
+        recording = Recording(load_file(golden))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{golden} is not a readable safetensors recording ({error})") from None
-    profile = golden.with_name("profile.json")
-    if patch_nums is None and profile.is_file():
-        patch_nums = tuple(read_json(profile).get("patch_nums", ())) or None
-    published = open_published(checkpoint, patch_nums)
+    profile = _profile(golden.with_name("profile.json"))
+    published = open_published(checkpoint, patch_nums or tuple(profile.get("patch_nums", ())) or None)
     model = build(dataclasses.replace(published.config, choices=choices_named("published")))
     model.load_state_dict({name: published.source.read(name).float() for name in model.state_dict()})
-    model.eval()
+    setting = Setting(model.eval(), recording, published, profile)
     rows: list[Row] = []
     for needs, compare in _COMPARISONS.items():
         if needs in recording:
-            rows += compare(model, recording, published)
+            rows += compare(setting)
     if not rows:
-        raise ValueError(f"{golden} records nothing that is known, such as {', '.join(_COMPARISONS)}")
+        raise ValueError(
+            f"{golden} records nothing that is known: its names should start with {', '.join(_COMPARISONS)}"
+        )
+    compared = {row.name.split()[0] for row in rows}
+    if left := [name for name in recording if name not in compared and not re.fullmatch(_INPUTS, name)]:
+        warnings.warn(f"{golden} also holds {', '.join(left)}, with which nothing was compared", stacklevel=2)
     return rows
+
+
+_INPUTS = (
+    r"understanding\.(pixel_values|input_ids)|text_batch\.(input_ids|attention_mask)|vqvae\.image"
+    r"|var\.(input_embed|cond)|train\.(input_ids|image)|generate\.(prompt_ids|noise\.\d+)|image|label"
+)
+
+
+def _profile(path: Path) -> dict[str, Any]:
+    """What a recording's ``profile.json`` says of it: ``patch_nums`` and ``cfg``, each where it is there."""
+    profile = read_json(path) if path.is_file() else {}
+    profile |= profile.get("profile", {})
+    return profile | ({"patch_nums": profile["PN"]} if "PN" in profile else {})
 
 
 def _close(name: str, ours: Tensor, theirs: Tensor) -> Row:
@@ -84,7 +121,8 @@ def _close(name: str, ours: Tensor, theirs: Tensor) -> Row:
     return Row(name, float((ours.float() - theirs).abs().max()), ACTIVATION_TOLERANCE)
 
 
-def _understanding(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
+def _understanding(setting: Setting) -> Iterator[Row]:
+    model, r = setting.model, setting.recording
     llm = require(model.llm, "language model")
     ids, pixels = r["understanding.input_ids"], r["understanding.pixel_values"]
     with torch.no_grad():
@@ -102,7 +140,8 @@ def _understanding(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
         yield _close("understanding.greedy_ids", greedy, r["understanding.greedy_ids"])
 
 
-def _text_batch(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
+def _text_batch(setting: Setting) -> Iterator[Row]:
+    model, r = setting.model, setting.recording
     mask = r["text_batch.attention_mask"].bool()
     with torch.no_grad():
         logits = model(r["text_batch.input_ids"], attention_mask=mask).text_logits
@@ -119,7 +158,8 @@ def _tokenizer(model: VARGPT, r: Recording, prefix: str) -> Iterator[Row]:
         yield _close(prefix + "var_input", inputs, r[prefix + "var_input"])
 
 
-def _vqvae(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
+def _vqvae(setting: Setting) -> Iterator[Row]:
+    model, r = setting.model, setting.recording
     vqvae = require(model.vqvae, "image tokenizer")
     with torch.no_grad():
         assert isinstance(vqvae, MultiScaleVQVAE)
@@ -128,13 +168,15 @@ def _vqvae(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
         yield _close("vqvae.recon", vqvae.decode(vqvae.encode(r["vqvae.image"]).indices), r["vqvae.recon"])
 
 
-def _visual_decoder(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
+def _visual_decoder(setting: Setting) -> Iterator[Row]:
+    model, r = setting.model, setting.recording
     with torch.no_grad():
         logits = require(model.var, "visual decoder")(r["var.input_embed"], r["var.cond"])
     yield _close("var.decoder_logits", logits, r["var.decoder_logits"])
 
 
-def _train(model: VARGPT, r: Recording, published: Published) -> Iterator[Row]:
+def _train(setting: Setting) -> Iterator[Row]:
+    model, r = setting.model, setting.recording
     ids = r["train.input_ids"]
     model.zero_grad()
     out = model(ids, draw_images=r["train.image"], labels=ids)  # in eval mode: no drop-path
@@ -143,15 +185,21 @@ def _train(model: VARGPT, r: Recording, published: Published) -> Iterator[Row]:
     recorded = r["train.text_logits"]
     yield _close("train.text_logits", out.text_logits[:, : recorded.shape[1]].detach(), recorded)
     out.loss.backward()
-    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    for name, gradient in published.published_names(gradients).items():
-        recorded = r.get("train.grad." + name)
-        if recorded is not None:
-            error = float((gradient - recorded).norm() / recorded.norm())
-            yield Row("train.grad." + name, error, GRADIENT_TOLERANCE)
+    parameters = dict(model.named_parameters())
+    if model.config.llm.tie_embeddings:
+        parameters["llm.head.weight"] = parameters["llm.token_embed.weight"]
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+    gradients = setting.published.published_names(gradients)
+    for name, recorded in r.items():
+        if name.startswith("train.grad."):
+            gradient = gradients.get(name.removeprefix("train.grad."))
+            there = gradient is not None and gradient.shape == recorded.shape
+            error = (gradient - recorded).norm() / recorded.norm().clamp(min=1e-12) if there else torch.inf
+            yield Row(name, float(error), GRADIENT_TOLERANCE)
 
 
-def _generate(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
+def _generate(setting: Setting) -> Iterator[Row]:
+    model, r = setting.model, setting.recording
     llm, var = require(model.llm, "language model"), require(model.var, "visual decoder")
     vqvae, ids = require(model.vqvae, "image tokenizer"), r["generate.prompt_ids"]
     context = generate.Context(llm, 1, ids.shape[1] + var.schedule.total, ids.device)
@@ -161,7 +209,7 @@ def _generate(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
         model,
         context,
         generators=(),
-        guidance=Guidance(scale=PUBLISHED_CFG),
+        guidance=Guidance(scale=setting.profile.get("cfg", PUBLISHED_CFG)),
         sampling=GREEDY,
         noise=lambda scale, _: r[f"generate.noise.{scale}"],
         on_scale=lambda step: rows.extend(
@@ -178,7 +226,8 @@ def _generate(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
     yield _close("generate.image", image if recorded.min() < 0 else (image + 1) / 2, recorded)
 
 
-def _class_conditional(model: VARGPT, r: Recording, _: Published) -> Iterator[Row]:
+def _class_conditional(setting: Setting) -> Iterator[Row]:
+    model, r = setting.model, setting.recording
     var, vqvae = require(model.var, "visual decoder"), require(model.vqvae, "image tokenizer")
     assert isinstance(var, NextScaleTransformer)
     yield from _tokenizer(model, r, "")
@@ -191,7 +240,7 @@ def _class_conditional(model: VARGPT, r: Recording, _: Published) -> Iterator[Ro
         var,
         vqvae,
         r["label"].tolist(),
-        guidance=Guidance(scale=CLASS_CFG),
+        guidance=Guidance(scale=setting.profile.get("cfg", CLASS_CFG)),
         sampling=GREEDY,
         on_scale=lambda step: rows.extend(
             [
@@ -205,7 +254,7 @@ def _class_conditional(model: VARGPT, r: Recording, _: Published) -> Iterator[Ro
         yield _close("generated", (vqvae.decode_latent(tokens.f_hat) + 1) / 2, r["generated"])
 
 
-_COMPARISONS: dict[str, Callable[[VARGPT, Recording, Published], Iterator[Row]]] = {
+_COMPARISONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "understanding.input_ids": _understanding,
     "text_batch.input_ids": _text_batch,
     "vqvae.image": _vqvae,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from experiments.data.shapes_pictures import ShapePictures
 from experiments.run import step_generator
 from vargpt.images import for_drawing, load_image
 
@@ -19,10 +20,10 @@ from vargpt.images import for_drawing, load_image
 class PictureData:
     """Which pictures to learn from: ``world`` names a level of the small world, ``folder`` a folder of files."""
 
-    world: Literal["nano", "tiny"] | None = None
+    world: Literal["nano", "full"] | None = None
     folder: str | None = None
     flip: bool = True
-    """Mirror half of the pictures, left and right."""
+    """Mirror half of a folder's pictures, left and right."""
 
     def __post_init__(self) -> None:
         if (self.world is None) == (self.folder is None):
@@ -83,8 +84,7 @@ def mirror(images: Float[Tensor, "B 3 side side"], random: torch.Generator) -> F
 
 def picture_source(config: PictureData, size: int) -> PictureSource:
     """The pictures that a configuration names, at ``size`` pixels a side."""
-    if config.folder is not None:
-        return FolderPictures(Path(config.folder), size, config.flip)
-    from experiments.data.shapes_pictures import ShapePictures
-
-    return ShapePictures(config.world, size, config.flip)
+    if config.world is not None:
+        return ShapePictures(config.world, size)
+    assert config.folder is not None
+    return FolderPictures(Path(config.folder), size, config.flip)

@@ -33,7 +33,7 @@ RADII = {"small": 0.11, "large": 0.155}  # half the side of the bounding box, as
 EDGE = 1 / 32  # at least this far from the border
 QUANTUM = 1 / 256  # of positions
 
-Plane = NDArray[np.float32]
+Plane = NDArray[np.floating]
 Split = Literal["train", "validation", "test", "heldout"]
 
 
@@ -164,7 +164,7 @@ WORLDS = {world.name: world for world in (NANO, FULL)}
 
 
 def _star(u: Plane, v: Plane) -> NDArray[np.bool_]:
-    v = v + 0.1  # five points, the first upwards: its bounding box is not about its centre
+    v = v - 0.1  # of five points, one upwards: the middle of the bounding box is above the centre
     turn = 2 * np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + turn / 2) % turn - turn / 2)  # to the nearest point of the star
     radius, tip, notch = np.hypot(u, v), 1.05, 0.5

@@ -41,7 +41,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSpec:
-    """``relation``: how the first stands to the second, where the prompt says so. ``prompt``: what the model is told."""
+    """``prompt`` is what the model is told, ``relation`` how the first object is to stand to the second, if at all."""
 
     category: str
     wanted: tuple[Wanted, ...]

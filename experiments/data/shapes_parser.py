@@ -14,6 +14,7 @@ from itertools import permutations, product
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from experiments.data.shapes import COLOURS, RADII, SUBPIXELS, Object, Plane, Scene, World, coverage, window
 
@@ -23,6 +24,8 @@ UNKNOWN = "unknown"
 BLOB = 115.0  # from the background: about half covered
 GHOST = 60.0  # from the background: what must be explained
 MISFIT = 0.15  # the largest squared error of an object, as a share of its own squared distance from the background
+FAINT = 0.75  # the least strength of an object, 1 being that of its colour
+OFF_HUE = 0.05  # the largest squared error to the side of the line from background to colour, as a share likewise
 REACH = 1 / 32  # how far the middle of a blob may be from the object's, as a share of the side
 STEPS = 4  # between the middle and REACH, each way
 SPECK = 1 / 400  # the smallest leftover that counts, as a share of the picture; about 3 pixels of 32 x 32
@@ -64,8 +67,8 @@ def _blurred(planes: Plane, times: int) -> Plane:
     return planes
 
 
-def parse(picture: ArrayLike, world: World) -> tuple[Object, ...]:
-    """The objects of a square RGB picture (PIL, or values 0 to 255), from top to bottom.
+def parse(picture: ArrayLike | Image.Image, world: World) -> tuple[Object, ...]:
+    """The objects of a square RGB picture (an array: values 0 to 255), from top to bottom.
 
     Whatever is no object of ``world`` is there too, with shape, colour and size ``"unknown"``.
     """
@@ -128,14 +131,22 @@ def _fit(
     cut = _cut(middle, templates.half)
     patch = difference[cut] * ~_grown(others[cut], 1)[..., None]
     contrast = np.array([background - COLOURS[c] for c in world.colours], np.float32)
-    contrast_energy = np.square(contrast).sum(1)
-    energy = templates.energy_M[:, None] * contrast_energy  # of every template in every colour
-    error = np.square(patch).sum() - 2 * templates.covered_MP @ (patch.reshape(-1, 3) @ contrast.T) + energy
+    energy_of = np.square(contrast).sum(1)
+    along_PC = patch.reshape(-1, 3) @ contrast.T
+    overlap = templates.covered_MP @ along_PC  # of every template in every colour
+    energy = templates.energy_M[:, None] * energy_of
+    error = np.square(patch).sum() - 2 * overlap + energy
     best, colour = np.unravel_index(error.argmin(), error.shape)
-    if error[best, colour] > MISFIT * energy[best, colour]:
+    covered = templates.covered_MP[best % (len(error) // 2)]
+    aside_P = np.square(patch).sum(2).ravel() - np.square(along_PC[:, colour]) / energy_of[colour]
+    if (
+        error[best, colour] > MISFIT * energy[best, colour]
+        or overlap[best, colour] < FAINT * energy[best, colour]
+        or aside_P[covered > 0].sum() > OFF_HUE * energy[best, colour]
+    ):
         return None
     x, y = templates.offsets[best]
-    covered = templates.covered_MP[best % (len(error) // 2)].reshape(patch.shape[:2])
+    covered = covered.reshape(patch.shape[:2])
     return templates.names[best], world.colours[colour], (middle[0] + 0.5 + x, middle[1] + 0.5 + y), covered
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -10,12 +13,7 @@ from vargpt.build import build
 from vargpt.config import VargptConfig
 from vargpt.convert.rules import ToOurs, listing
 from vargpt.tensorfiles import TensorSource, TensorSpec
-
-# What a checkpoint may hold although the configuration does not build it: vision blocks after the feature layer with
-# what follows them, and the layer norms that the published generation projectors never apply.
-_UNBUILT = re.compile(
-    r"vision\.visual\.(transformer\.resblocks\.\d+\..+|ln_post\..+|proj)|(gen_in|gen_out)\.norm\.(weight|bias)"
-)
+from vargpt.vision import OpenClipConfig
 
 
 def expected_tensors(config: VargptConfig) -> dict[str, TensorSpec]:
@@ -24,28 +22,83 @@ def expected_tensors(config: VargptConfig) -> dict[str, TensorSpec]:
         return {name: TensorSpec.of(tensor) for name, tensor in build(config).state_dict().items()}
 
 
-def check_tensors(config: VargptConfig, source: TensorSource) -> None:
-    """Compare names, shapes and kinds of type, without reading any tensor.
+def published_tensors(config: VargptConfig) -> dict[str, TensorSpec]:
+    """The same, and what published files hold besides: vision blocks after the feature layer and the norm after them,
+    layer norms that are never applied, and a head that is tied all the same."""
+    whole = dataclasses.replace(config, choices=dataclasses.replace(config.choices, projector_norm=True))
+    besides = {}
+    if isinstance(config.vision, OpenClipConfig):
+        whole = dataclasses.replace(whole, vision=dataclasses.replace(config.vision, feature_layer=-1))
+        norm = TensorSpec((config.vision.width,), torch.float32)
+        besides = {"vision.visual.ln_post.weight": norm, "vision.visual.ln_post.bias": norm}
+    expected = expected_tensors(whole) | besides
+    if config.llm and config.llm.tie_embeddings:
+        expected["llm.head.weight"] = expected["llm.token_embed.weight"]
+    return expected
+
+
+def may_lack(ours: str, config: VargptConfig) -> bool:
+    """Whether a published checkpoint may leave one of :func:`published_tensors` out."""
+    unused = r"(gen_in|gen_out)\.norm\..+|vqvae\.quantizer\.usage_SV"
+    tied = config.llm is not None and config.llm.tie_embeddings and ours == "llm.head.weight"
+    return tied or re.fullmatch(unused, ours) is not None
+
+
+def check_tensors(config: VargptConfig, source: TensorSource, where: Path) -> None:
+    """Compare names, shapes and kinds of type of a checkpoint of ours, without reading any tensor.
 
     Raises:
         ValueError: unknown, missing, mis-shaped or mistyped tensors, all listed.
     """
-    expected, given = expected_tensors(config), source.specs
+    allowed = published_tensors(config)
+    _complain(
+        where,
+        missing=expected_tensors(config).keys() - source.specs.keys(),
+        unknown=source.specs.keys() - allowed.keys(),
+        wanted={name: spec for name, spec in allowed.items() if name in source.specs},
+        given=source.specs,
+    )
 
-    def published(name: str) -> str:
-        return " + ".join(source.theirs(name)) if isinstance(source, ToOurs) and name in given else name
 
-    problems = []
-    if missing := expected.keys() - given.keys():
-        problems.append(f"missing tensors in the checkpoint: {listing(missing)}")
-    if unknown := [n for n in given.keys() - expected.keys() if not _UNBUILT.fullmatch(n)]:
-        problems.append(f"unknown tensors in the checkpoint: {listing(map(published, unknown))}")
-    shared = expected.keys() & given.keys()
-    if shapes := [n for n in shared if expected[n].shape != given[n].shape]:
-        told = (f"{published(n)} {list(given[n].shape)} instead of {list(expected[n].shape)}" for n in shapes)
-        problems.append(f"shapes that contradict config.json: {listing(told)}")
-    if types := [n for n in shared if given[n].dtype.is_floating_point != expected[n].dtype.is_floating_point]:
-        told = (f"{published(n)} {given[n].dtype} instead of {expected[n].dtype}" for n in types)
-        problems.append(f"types that are no weights: {listing(told)}")
-    if problems:
-        raise ValueError("; ".join(problems))
+def check_published(config: VargptConfig, tensors: ToOurs, where: Path) -> None:
+    """The same for a published checkpoint, in its own names.
+
+    Raises:
+        ValueError: unknown, missing, mis-shaped or mistyped tensors, all listed.
+    """
+    expected, given = published_tensors(config), tensors.source.specs
+    wanted = {}
+    for ours, spec in expected.items():
+        if ours in tensors.names or not may_lack(ours, config):
+            wanted |= tensors.theirs(ours, spec)
+    unasked = [name for ours in tensors.names if ours not in expected for name in tensors.sources(ours)]
+    _complain(
+        where,
+        missing=wanted.keys() - given.keys(),
+        unknown=tensors.unknown + unasked,
+        wanted={name: spec for name, spec in wanted.items() if name in given},
+        given=given,
+    )
+
+
+def _complain(
+    where: Path,
+    missing: Iterable[str],
+    unknown: Iterable[str],
+    wanted: Mapping[str, TensorSpec],
+    given: Mapping[str, TensorSpec],
+) -> None:
+    shapes = [
+        f"{name} {list(given[name].shape)} instead of {list(spec.shape)}"
+        for name, spec in wanted.items()
+        if given[name].shape != spec.shape
+    ]
+    types = [
+        f"{name} {given[name].dtype} instead of {spec.dtype}"
+        for name, spec in wanted.items()
+        if given[name].dtype.is_floating_point != spec.dtype.is_floating_point
+    ]
+    problems = {"missing tensors": missing, "unknown tensors": unknown, "wrong shapes": shapes, "wrong types": types}
+    told = [f"{kind}: {listing(names)}" for kind, names in problems.items() if names]
+    if told:
+        raise ValueError(f"{where}: {'; '.join(told)}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +17,18 @@ from torch import Tensor
 from vargpt.config import VargptConfig
 from vargpt.config_json import FORMAT, describe, read_config
 from vargpt.convert import published_config
-from vargpt.convert.check import check_tensors
+from vargpt.convert.check import check_published, check_tensors, published_tensors
 from vargpt.convert.rules import Table, ToOurs, ToTheirs
 from vargpt.convert.tables import CLIP_HF, LLAMA_HF, LLAVA_HF, VAR_PAIR, VARGPT_HF
 from vargpt.files import atomic_file, read_json, write_json
-from vargpt.tensorfiles import MAX_SHARD_BYTES, MemorySource, SafetensorsSource, TensorSource, write_safetensors
+from vargpt.tensorfiles import (
+    MAX_SHARD_BYTES,
+    CompletedSource,
+    MemorySource,
+    SafetensorsSource,
+    TensorSource,
+    write_safetensors,
+)
 
 TOKENIZER_FILES = ("tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -53,7 +63,7 @@ def published_layout(directory: Path) -> str:
     config = read_json(directory / "config.json")
     if config.get("format") == FORMAT:
         return "ours"
-    layout = _LAYOUT_OF_TYPE.get(config.get("model_type", ""))
+    layout = _LAYOUT_OF_TYPE.get(str(config.get("model_type")))
     if layout is None:
         raise ValueError(
             f"{directory / 'config.json'} has model_type {config.get('model_type')!r}, "
@@ -73,7 +83,7 @@ _LAYOUT_OF_TYPE = {
 
 
 def open_published(directory: Path, patch_nums: tuple[int, ...] | None = None) -> Published:
-    """A published checkpoint, lazily: tensors are read and renamed one at a time.
+    """A checkpoint, published or ours, lazily: tensors are read and renamed one at a time.
 
     Args:
         patch_nums: the scales, where the checkpoint does not tell.
@@ -82,26 +92,45 @@ def open_published(directory: Path, patch_nums: tuple[int, ...] | None = None) -
         ValueError: unknown, missing or mis-shaped tensors, all listed; a configuration that contradicts them.
     """
     layout = published_layout(directory)
-    if layout == "var":
-        pair = _var_pair(directory)
-        ours, tensors = published_config.var_pair(pair, patch_nums), ToOurs(pair, _TABLES[layout])
-        check_tensors(ours, tensors)
-        return Published(ours, tensors, layout)
-    config, source = read_json(directory / "config.json"), SafetensorsSource(directory)
+    if layout == "ours":
+        config, source = read_config(directory), SafetensorsSource(directory)
+        check_tensors(config, source, directory)
+        return Published(config, source, "vargpt" if config.llm else "var")
+    source = _var_pair(directory) if layout == "var" else SafetensorsSource(directory)
     try:
-        if layout == "vargpt":
-            ours = published_config.vargpt(config, source, patch_nums)
-        elif layout == "llava":
-            ours = published_config.llava(config)
-        elif layout == "llama":
-            ours = published_config.llama_only(config)
-        else:
-            ours = published_config.clip_only(config)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{directory / 'config.json'} lacks a field or has one of the wrong type: {error}") from None
-    tensors = ToOurs(_Renamed(source), _TABLES[layout])
-    check_tensors(ours, tensors)
-    return Published(ours, tensors, layout)
+        config = _config(layout, directory, source, patch_nums)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    tensors = ToOurs(source, _TABLES[layout])
+    check_published(config, tensors, directory)
+    _check_tied_head(config, tensors, directory)
+    return Published(config, CompletedSource(tensors, _statistics(config, tensors)), layout)
+
+
+def _config(layout: str, directory: Path, source: TensorSource, patch_nums: tuple[int, ...] | None) -> VargptConfig:
+    if layout == "var":
+        return published_config.var_pair(source, patch_nums)
+    config = read_json(directory / "config.json")
+    if layout == "vargpt":
+        return published_config.vargpt(config, source, patch_nums)
+    if layout == "llava":
+        return published_config.llava(config, source)
+    return published_config.llama_only(config) if layout == "llama" else published_config.clip_only(config)
+
+
+def _check_tied_head(config: VargptConfig, tensors: TensorSource, directory: Path) -> None:
+    head, embed = "llm.head.weight", "llm.token_embed.weight"
+    tied_twice = config.llm is not None and config.llm.tie_embeddings and head in tensors.specs
+    if tied_twice and not torch.equal(tensors.read(head), tensors.read(embed)):
+        raise ValueError(f"{directory}: config.json sets tie_word_embeddings, but lm_head and embed_tokens differ")
+
+
+def _statistics(config: VargptConfig, tensors: TensorSource) -> dict[str, Tensor]:
+    """Counts of the image tokenizer's training, where the checkpoint leaves them out: nothing depends on them."""
+    name, vqvae = "vqvae.quantizer.usage_SV", config.vqvae
+    if vqvae is None or name in tensors.specs:
+        return {}
+    return {name: torch.zeros(len(vqvae.patch_nums), vqvae.vocab_size)}
 
 
 _TABLES: dict[str, Table] = {
@@ -113,31 +142,6 @@ _TABLES: dict[str, Table] = {
 }
 
 
-class _Renamed:
-    """LLaVA as newer releases of its library save it: the same names under other prefixes."""
-
-    _PREFIXES = (
-        ("model.language_model.", "language_model.model."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    )
-
-    def __init__(self, source: TensorSource) -> None:
-        self._source = source
-        newer = any(name.startswith("model.language_model.") for name in source.specs)
-        self._names = {self._older(name) if newer else name: name for name in source.specs}
-        self.specs = {older: source.specs[name] for older, name in self._names.items()}
-
-    def _older(self, name: str) -> str:
-        for newer, older in self._PREFIXES:
-            if name.startswith(newer):
-                return older + name.removeprefix(newer)
-        return "language_model." + name if name == "lm_head.weight" else name
-
-    def read(self, name: str) -> Tensor:
-        return self._source.read(self._names[name])
-
-
 def _var_pair(directory: Path) -> MemorySource:
     """VAR's two pickles, read without running any code in them."""
     tensors: dict[str, Tensor] = {}
@@ -146,7 +150,8 @@ def _var_pair(directory: Path) -> MemorySource:
         if len(files) != 1:
             raise ValueError(f"{directory} must hold one {pattern}, not {len(files)}")
         try:
-            state = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
+            # Older files than torch's zip format cannot be mapped into memory.
+            state = torch.load(files[0], map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(files[0]))
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{files[0]} is not a plain, complete file of tensors ({reason})") from None
@@ -170,16 +175,10 @@ def convert(
     Raises:
         ValueError: see :func:`open_published`; or the destination holds other files or cannot be written.
     """
-    layout = published_layout(source)
-    if layout == "ours":
-        config = read_config(source)
-        ours = SafetensorsSource(source)
-        check_tensors(config, ours)
-        described = published_config.to_vargpt_json(config)
-        tensors: TensorSource = ToTheirs(ours, VARGPT_HF, config.var.patch_nums if config.var else None)
-    else:
-        published = open_published(source, patch_nums)
-        config, tensors, described = published.config, published.source, describe(published.config)
+    published = open_published(source, patch_nums)
+    config, tensors, described = published.config, published.source, describe(published.config)
+    if published_layout(source) == "ours":
+        tensors, described = to_published(config, tensors)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists and is not an empty directory: choose another destination")
     try:
@@ -190,6 +189,29 @@ def convert(
     copy_tokenizer(source, destination)
     write_json(destination / "config.json", described)
     return config
+
+
+def to_published(config: VargptConfig, tensors: TensorSource) -> tuple[TensorSource, dict[str, Any]]:
+    """A whole model of ours in the published VARGPT layout: its tensors, and its ``config.json``.
+
+    What published files hold and ours may lack, since nothing depends on it, is filled in: layer norms and vision
+    blocks that change nothing.
+
+    Raises:
+        ValueError: something that the published layout, or the published code, does not have.
+    """
+    described = published_config.to_vargpt_json(config)
+    dtype = tensors.specs["llm.token_embed.weight"].dtype
+    zero, one = torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
+    filled = {
+        name: (one if re.search(r"(ln_\w+|norm)\.weight$", name) else zero).expand(spec.shape)
+        for name, spec in published_tensors(config).items()
+        if name not in tensors.specs and name != "llm.head.weight"
+    }
+    assert config.var is not None
+    theirs = ToTheirs(CompletedSource(tensors, filled), VARGPT_HF, config.var.patch_nums)
+    published_config.check_same(config, published_config.vargpt(described, theirs, None))
+    return theirs, described
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:

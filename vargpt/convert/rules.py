@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -127,7 +127,8 @@ def _below(
 class ToOurs:
     """A published checkpoint under our names. A ``TensorSource``: tensors are changed as they are read.
 
-    Whether it holds what it should is for ``check_published`` to say; before that, ``specs`` may fail.
+    It renames what is there; whether that is what should be there is for ``check_published`` to say, and only
+    then may ``specs`` and ``read`` be used.
     """
 
     def __init__(self, source: TensorSource, table: Table) -> None:
@@ -135,47 +136,54 @@ class ToOurs:
         self.unknown: list[str] = []
         """Published names that the table does not know, or that give one of our tensors a second time."""
         self._rules: dict[str, Rule] = {}
-        self._names: dict[tuple[str, int], str] = {}
+        self._names: dict[str, dict[int, str]] = {}
+        self._specs: dict[str, TensorSpec] | None = None
         for name in source.specs:
             canonical = table.canonical(name)
             if table.ignores(canonical):
                 continue
             found = table.rule_for(canonical)
-            if found is None or (found[2], found[1]) in self._names or self._rules.get(found[2], found[0]) != found[0]:
+            if found is None:
                 self.unknown.append(name)
                 continue
             rule, number, ours = found
+            if number in self._names.get(ours, ()) or self._rules.get(ours, rule) != rule:
+                self.unknown.append(name)
+                continue
             self._rules[ours] = rule
-            self._names[ours, number] = name
+            self._names.setdefault(ours, {})[number] = name
 
     @property
     def names(self) -> Iterable[str]:
         """Our names of the tensors that are there, be it in part."""
         return self._rules.keys()
 
+    def sources(self, ours: str) -> list[str]:
+        """The published names behind one of ours."""
+        return [name for _, name in sorted(self._names[ours].items())]
+
     def theirs(self, ours: str, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """What the checkpoint should hold for one of our tensors: its own names where it has them."""
+        """What the checkpoint should hold for one of our tensors, under its own names where it has them."""
         found = self._table.rule_of_ours(ours)
         assert found is not None, ours
         rule = self._rules.get(ours, found[0])
         parts = rule.via.to_theirs(spec.meta(), len(rule.sources))
         return {
-            self._names.get((ours, number), usual): TensorSpec.of(part)
+            self._names.get(ours, {}).get(number, usual): TensorSpec.of(part)
             for number, (usual, part) in enumerate(zip(found[1], parts, strict=True))
         }
 
-    @cached_property
+    @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        return {
-            ours: TensorSpec.of(rule.via.to_ours([self.source.specs[name].meta() for name in self._sources(ours)]))
-            for ours, rule in self._rules.items()
-        }
+        if self._specs is None:
+            self._specs = {
+                ours: TensorSpec.of(rule.via.to_ours([self.source.specs[name].meta() for name in self.sources(ours)]))
+                for ours, rule in self._rules.items()
+            }
+        return self._specs
 
     def read(self, name: str) -> Tensor:
-        return self._rules[name].via.to_ours([self.source.read(source) for source in self._sources(name)])
-
-    def _sources(self, ours: str) -> list[str]:
-        return [self._names[ours, number] for number in range(len(self._rules[ours].sources))]
+        return self._rules[name].via.to_ours([self.source.read(source) for source in self.sources(name)])
 
 
 class ToTheirs:

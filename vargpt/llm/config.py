@@ -53,6 +53,9 @@ class LlamaConfig:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:

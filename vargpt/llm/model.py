@@ -39,9 +39,9 @@ class LlamaDecoder(nn.Module):
     @property
     def context_length(self) -> int:
         scaling = self.config.rope_scaling
-        if scaling is not None and scaling.kind == "dynamic":  # positions beyond the trained ones are its purpose
-            return int(self.config.max_positions * scaling.factor)
-        return self.config.max_positions
+        if scaling is None or scaling.kind == "llama3":  # which counts the stretched positions
+            return self.config.max_positions
+        return int(self.config.max_positions * scaling.factor)
 
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         return self.token_embed(input_ids)

@@ -100,9 +100,7 @@ class MultiScaleVQVAE(nn.Module):
     def next_input(self, scale: int, f_hat: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B N Z"]:
         return rearrange(self.quantizer.down(scale, f_hat), "B Z h w -> B (h w) Z")
 
-    def forward(
-        self, images: Float[Tensor, "B 3 height width"], keep: Int[Tensor, " B"] | None = None
-    ) -> VqvaeOutput:
+    def forward(self, images: Float[Tensor, "B 3 height width"], keep: Int[Tensor, " B"] | None = None) -> VqvaeOutput:
         """Reconstruct, with the losses that need no second network (VAR, section 3.3).
 
         Args:

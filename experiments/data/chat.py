@@ -1,0 +1,98 @@
+"""Conversations as training batches: text, pictures to understand and pictures to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL.Image import Image
+from torch import Tensor
+
+from experiments.data.shapes import Split
+from vargpt.losses import IGNORE
+from vargpt.model import VARGPT, require
+from vargpt.text import IMAGE, IMAGE_GEN, TEMPLATES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One conversation. ``<image>`` in its texts stands for the next picture to understand, ``<image_gen>`` for the
+    next one to draw (the published form of records)."""
+
+    messages: Sequence[Mapping[str, str]]
+    images: Sequence[Image] = ()
+    drawings: Sequence[Float[Tensor, "3 side side"]] = ()
+    """In [-1, 1], of the image tokenizer's size."""
+
+
+class ConversationSource(Protocol):
+    """Examples that follow from a step's number alone."""
+
+    def examples(self, kind: str, seed: int, step: int, count: int, *, split: Split = "train") -> list[Example]:
+        """``kind`` is one of the source's own: drawing, question, text, ..."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What ``VARGPT.forward`` reads."""
+
+    input_ids: Int[Tensor, "B T"]
+    labels: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    pixel_values: Float[Tensor, "I 3 height width"] | None
+    drawings: Float[Tensor, "G 3 side side"] | None
+    drop_condition: Bool[Tensor, " G"] | None = field(default=None)
+
+
+def collate(model: VARGPT, examples: Sequence[Example], *, dropped: Sequence[bool] = ()) -> Batch:
+    """Examples as one batch, padded on the right; only the assistant's words are labels.
+
+    Args:
+        dropped: examples whose drawings learn without condition.
+
+    Raises:
+        ValueError: placeholders and pictures of an example that do not match in number.
+    """
+    tokenizer, t = require(model.tokenizer, "tokenizer"), model.tokens
+    template = TEMPLATES[model.choices.training_template]
+    drawn = "".join(tokenizer.names[i] for i in (t.gen_start, t.gen_pad, t.gen_end)) if t.gen_start >= 0 else ""
+    counts = {
+        t.image: model.vision.num_tokens if model.vision is not None else 1,
+        t.gen_pad: model.var.schedule.total if model.var is not None else 1,
+    }
+    rows: list[tuple[list[int], list[int]]] = []
+    for example in examples:
+        text = "".join(message["content"] for message in example.messages)
+        for mark, pictures in ((IMAGE, example.images), (IMAGE_GEN, example.drawings)):
+            if text.count(mark) != len(pictures):
+                raise ValueError(
+                    f"{text.count(mark)} {mark} marks do not match {len(pictures)} pictures: {text[:80]!r}"
+                )
+        messages = [{**m, "content": m["content"].replace(IMAGE_GEN, drawn)} for m in example.messages]
+        encoded = template.encode(tokenizer, messages)
+        ids, labels = [], []
+        for token, supervised in zip(encoded.ids, encoded.supervised, strict=True):
+            copies = counts.get(token, 1)
+            ids += [token] * copies
+            labels += [token if supervised else IGNORE] * copies
+        rows.append((ids, labels))
+    longest = max(len(ids) for ids, _ in rows)
+    pad = max(t.pad, 0)
+    images = [image for example in examples for image in example.images]
+    drawings = [drawing for example in examples for drawing in example.drawings]
+    drops = [drop for example, drop in zip(examples, dropped, strict=False) for _ in example.drawings]
+    device = model.device
+    return Batch(
+        input_ids=torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows], device=device),
+        labels=torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in rows], device=device),
+        attention_mask=torch.tensor([[i < len(ids) for i in range(longest)] for ids, _ in rows], device=device),
+        pixel_values=torch.stack([require(model.vision, "vision encoder").preprocess(i) for i in images]).to(device)
+        if images
+        else None,
+        drawings=torch.stack(drawings).to(device) if drawings else None,
+        drop_condition=torch.tensor(drops, device=device) if drops else None,
+    )

@@ -1,0 +1,61 @@
+"""The small world as conversations: requests to draw, questions about pictures, and text alone."""
+
+from __future__ import annotations
+
+from random import Random
+
+from PIL import Image
+
+from experiments.data.chat import Example
+from experiments.data.shapes import WORLDS, Scene, Split, World, description, questions, render, request
+from experiments.data.shapes_pictures import as_tensor
+from vargpt.text import IMAGE, IMAGE_GEN
+
+
+class ShapeChats:
+    """Conversations about scenes of the small world, never the same twice in training.
+
+    Args:
+        draw_size, ask_size: sides of the pictures drawn and asked about, in pixels.
+    """
+
+    def __init__(self, world: str, draw_size: int, ask_size: int) -> None:
+        self.world: World = WORLDS[world]
+        self._draw_size, self._ask_size = draw_size, ask_size
+
+    def examples(self, kind: str, seed: int, step: int, count: int, *, split: Split = "train") -> list[Example]:
+        """``kind``: ``drawing``, ``question`` (about a picture) or ``text`` (about a description)."""
+        make = {"drawing": self._drawing, "question": self._question, "text": self._text}
+        if kind not in make:
+            raise ValueError(f"the small world has no examples of kind {kind!r}: only {', '.join(make)}")
+        return [make[kind](split, seed, step * count + i) for i in range(count)]
+
+    def _drawing(self, split: Split, seed: int, index: int) -> Example:
+        scene = self._scene(split, "drawing", seed, index)
+        asked = request(scene, self.world, Random(f"request {split} {seed} {index}"))
+        return Example(messages=_turn(asked, IMAGE_GEN), drawings=[as_tensor([scene], self._draw_size)[0]])
+
+    def _question(self, split: Split, seed: int, index: int) -> Example:
+        scene = self._scene(split, "question", seed, index)
+        rng = Random(f"question {split} {seed} {index}")
+        qa = rng.choice(questions(scene, self.world, rng))
+        picture = Image.fromarray(render(scene, self._ask_size))
+        return Example(messages=_turn(f"{IMAGE}\n{qa.question}", qa.answer), images=[picture])
+
+    def _text(self, split: Split, seed: int, index: int) -> Example:
+        """A question that a description answers: shows that not every request is one to draw."""
+        scene = self._scene(split, "text", seed, index)
+        rng = Random(f"text {split} {seed} {index}")
+        asked = [qa for qa in questions(scene, self.world, rng) if qa.kind in ("count", "existence")]
+        qa = rng.choice(asked)
+        told = description(scene, self.world)
+        return Example(messages=_turn(f"There is {told}. {qa.question}", qa.answer))
+
+    def _scene(self, split: Split, purpose: str, seed: int, index: int) -> Scene:
+        # Each purpose sees scenes of its own: the seeds differ by what no step count reaches.
+        offset = {"drawing": 0, "question": 1, "text": 2}[purpose] * 1_000_000_000
+        return self.world.sample(split, offset + index, seed=seed)
+
+
+def _turn(user: str, assistant: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]

@@ -1,0 +1,296 @@
+"""Train the whole model: ``python -m experiments.train [NAME] [key=value ...] [--out DIR]``.
+
+NAME is a file of ``experiments/configs/train``: its stages run one after the other, each a resumable run in a folder of
+its own below DIR (by default ``runs/NAME``). The last stage's ``model/`` is the result. The same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from experiments.data.chat import Batch, ConversationSource, Example, collate
+from experiments.data.shapes_chat import ShapeChats
+from experiments.run import Ema, Run, Schedule, described, grid, settings, step_generator
+from vargpt.api import draw
+from vargpt.build import build, preset
+from vargpt.checkpoint import ASSETS, choices_named, load, save
+from vargpt.config import VargptConfig
+from vargpt.images import to_tensor
+from vargpt.model import VARGPT, VargptOutput, require
+from vargpt.text import SentencePieceTokenizer
+
+TOKENIZER = ASSETS / "tiny"
+"""The text tokenizer of models trained here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """How many examples of each kind make up one step."""
+
+    drawing: int = 0
+    question: int = 0
+    text: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of training."""
+
+    name: str
+    schedule: Schedule
+    rows: Rows
+    trains: tuple[str, ...] = ("llm", "vision", "projector", "var", "gen_in", "gen_out")
+    """Beginnings of the names of what is trained; all else is frozen, the image tokenizer always."""
+    accumulate: int = 1
+    """Batches of ``rows`` that one optimiser step sums up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Training of a whole model, in stages."""
+
+    preset: str
+    """Sizes of all parts but the image tokenizer."""
+    tokenizer: str
+    """Folder of a trained image tokenizer, such as ``runs/tokenizer-nano/model``."""
+    world: Literal["nano", "full"]
+    stages: tuple[Stage, ...]
+    choices: Literal["published", "fixed"] = "fixed"
+    drop: float = 0.1
+    """Share of the drawings learned without condition (their class becomes "no condition")."""
+    drop_prompt: bool = True
+    """Whether those are learned without their prompt too; the published training kept it."""
+    seed: int = 0
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    ema: float = 0.999
+    autocast: bool = False
+    """Matrix products in bfloat16 (for hardware that gains by it)."""
+    save_every: int = 250
+    evaluate_every: int = 1000
+    validation: int = 256
+
+
+def assemble(config: Training) -> VargptConfig:
+    """The preset with the trained image tokenizer's sizes in it."""
+    trained = load(config.tokenizer).config.vqvae
+    if trained is None:
+        raise ValueError(f"{config.tokenizer} holds no image tokenizer")
+    base = preset(config.preset)
+    assert base.var is not None
+    var = dataclasses.replace(
+        base.var,
+        patch_nums=trained.patch_nums,
+        vocab_size=trained.vocab_size,
+        latent_channels=trained.latent_channels,
+    )
+    choices = dataclasses.replace(
+        choices_named(config.choices),
+        training_template=base.choices.training_template,
+        inference_template=base.choices.inference_template,
+    )
+    return dataclasses.replace(base, var=var, vqvae=trained, choices=choices)
+
+
+class StageTrainer:
+    """Everything that changes during one stage."""
+
+    def __init__(self, config: Training, stage: Stage, model: VARGPT, source: ConversationSource) -> None:
+        self.config, self.stage, self.model, self.source = config, stage, model, source
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(stage.trains) and not name.startswith("vqvae."))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError(f"stage {stage.name!r} trains nothing: no parameter begins with {', '.join(stage.trains)}")
+        decayed = [p for p in trained if p.ndim > 1]
+        plain = [p for p in trained if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=stage.schedule.lr,
+            betas=(0.9, 0.95),
+        )
+        self.ema = Ema(model, config.ema)
+        model.train()
+        require(model.vqvae, "image tokenizer")
+        if isinstance(model.vqvae, nn.Module):
+            model.vqvae.eval()
+
+    def step(self, step: int) -> Mapping[str, float]:
+        c, stage = self.config, self.stage
+        torch.manual_seed(c.seed * 1_000_003 + step)
+        lr = stage.schedule.at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        for part in range(stage.accumulate):
+            number = step * stage.accumulate + part
+            # Drawings and answers go through apart: their rows differ in length, and padding is work.
+            for batch in self._batches(number):
+                with torch.autocast(self.model.device.type, torch.bfloat16, enabled=c.autocast):
+                    out = forward(self.model, batch)
+                assert out.loss is not None
+                (out.loss / stage.accumulate).backward()
+                for name, loss in losses(out).items():
+                    sums[name] = sums.get(name, 0.0) + loss / stage.accumulate
+        norm = nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), c.clip)
+        self.optimizer.step()
+        self.ema.update(self.model, step)
+        return {"loss": sum(sums.values()), "lr": lr, "gradient": float(norm), **sums}
+
+    def _batches(self, number: int) -> list[Batch]:
+        c, rows = self.config, self.stage.rows
+        batches = []
+        if rows.drawing:
+            examples = self.source.examples("drawing", c.seed, number, rows.drawing)
+            random = step_generator(c.seed, number, stream=2)
+            dropped = (torch.rand(rows.drawing, generator=random) < c.drop).tolist()
+            if c.drop_prompt:
+                examples = [without_prompt(e) if d else e for e, d in zip(examples, dropped, strict=True)]
+            batches.append(collate(self.model, examples, dropped=dropped))
+        answers: list[Example] = []
+        for kind, count in (("question", rows.question), ("text", rows.text)):
+            if count:
+                answers += self.source.examples(kind, c.seed, number, count)
+        if answers:
+            batches.append(collate(self.model, answers))
+        return batches
+
+    def averaged(self) -> VARGPT:
+        """The model with the running mean of its weights, for use."""
+        assert self.model.config is not None
+        model = build(self.model.config, tokenizer=self.model.tokenizer)
+        model.load_state_dict(self.model.state_dict())
+        self.ema.copy_to(model)
+        return model.to(self.model.device).eval()
+
+
+def without_prompt(example: Example) -> Example:
+    """The same reply to an empty message."""
+    silent = [{**m, "content": ""} if m["role"] == "user" else m for m in example.messages]
+    return dataclasses.replace(example, messages=silent)
+
+
+def forward(model: VARGPT, batch: Batch) -> VargptOutput:
+    return model(
+        batch.input_ids,
+        pixel_values=batch.pixel_values,
+        draw_images=batch.drawings,
+        labels=batch.labels,
+        attention_mask=batch.attention_mask,
+        drop_condition=batch.drop_condition,
+    )
+
+
+def losses(out: VargptOutput) -> dict[str, float]:
+    """The losses of a batch, by the job it teaches: when and what to draw, or what to answer."""
+    found: dict[str, Tensor | None] = (
+        {"answer": out.text_loss}
+        if out.image_loss is None
+        else {"start_drawing": out.text_loss, "drawing": out.image_loss}
+    )
+    return {name: float(loss.detach()) for name, loss in found.items() if loss is not None}
+
+
+@torch.no_grad()
+def validation_losses(model: VARGPT, source: ConversationSource, rows: Rows, count: int) -> dict[str, float]:
+    """Mean losses on conversations that are never trained on."""
+    sums: dict[str, float] = {}
+    kinds = [k for k in ("drawing", "question", "text") if getattr(rows, k)]
+    for kind in kinds:
+        for part in range(-(-count // 32)):
+            examples = source.examples(kind, 0, part, 32, split="validation")
+            for name, loss in losses(forward(model, collate(model, examples))).items():
+                key = f"validation/{name if name != 'answer' else kind}"
+                sums[key] = sums.get(key, 0.0) + loss / -(-count // 32)
+    return sums
+
+
+def train(config: Training, folder: Path, device: torch.device) -> VARGPT:
+    """Train all stages, or go on with them; returns the result, also saved as ``model/`` of the last stage."""
+    model_config = assemble(config)
+    assert model_config.vqvae is not None
+    assert model_config.llm is not None
+    tokenizer = SentencePieceTokenizer.from_directory(TOKENIZER, vocab_size=model_config.llm.vocab_size)
+    model = build(model_config, seed=config.seed, tokenizer=tokenizer).to(device)
+    trained = load(config.tokenizer, device)
+    assert isinstance(model.vqvae, nn.Module)
+    assert isinstance(trained.vqvae, nn.Module)
+    model.vqvae.load_state_dict(trained.vqvae.state_dict())
+    ask_size = getattr(model_config.vision, "image_size", None) or model_config.vqvae.image_size
+    source = ShapeChats(config.world, model_config.vqvae.image_size, ask_size)
+    for stage in config.stages:
+        place = folder / stage.name
+        if (place / "model" / "config.json").is_file():
+            print(f"stage {stage.name} is finished: {place / 'model'}", file=sys.stderr)
+            model.load_state_dict(load(place / "model", device).state_dict())
+            continue
+        model = _train_stage(config, stage, model, source, place)
+    return model
+
+
+def _train_stage(config: Training, stage: Stage, model: VARGPT, source: ConversationSource, folder: Path) -> VARGPT:
+    trainer = StageTrainer(config, stage, model, source)
+    whole = {"training": described(config), "stage": stage.name}
+    run = Run(folder, whole, {"model": model, "optimizer": trainer.optimizer, "ema": trainer.ema})
+
+    def evaluate() -> None:
+        averaged = trainer.averaged()
+        run.log(validation_losses(averaged, source, stage.rows, config.validation))
+        if stage.rows.drawing:
+            run.picture("drawings", drawn_grid(averaged, source))
+
+    run.train(
+        stage.schedule.steps,
+        trainer.step,
+        evaluate,
+        batch=stage.accumulate * sum(dataclasses.astuple(stage.rows)),
+        save_every=config.save_every,
+        evaluate_every=config.evaluate_every,
+    )
+    averaged = trainer.averaged()
+    save(averaged, folder / "model", tokenizer_from=TOKENIZER)
+    return averaged
+
+
+def drawn_grid(model: VARGPT, source: ConversationSource, count: int = 24) -> Tensor:
+    """Drawings of validation requests, each under the picture that the request describes."""
+    examples = source.examples("drawing", 0, 0, count, split="validation")
+    prompts = [example.messages[0]["content"] for example in examples]
+    images = draw(model, prompts, seed=0).images
+    drawn = [to_tensor(image) for image in images]
+    rows = []
+    for start in range(0, count, 12):
+        rows += [*(e.drawings[0] for e in examples[start : start + 12]), *drawn[start : start + 12]]
+    return grid(rows, columns=12, scale=2)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="NAME key=value", help="configuration, and changes to it")
+    parser.add_argument("--out", help="folder of the run (runs/NAME)")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+    try:
+        name, config = settings("train", Training, options.settings)
+        train(config, Path(options.out or f"runs/{name}"), torch.device(options.device))
+    except ValueError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the last saved step", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
