@@ -226,8 +226,7 @@ def train(config: Training, folder: Path, device: torch.device) -> VARGPT:
     assert isinstance(model.vqvae, nn.Module)
     assert isinstance(trained.vqvae, nn.Module)
     model.vqvae.load_state_dict(trained.vqvae.state_dict())
-    ask_size = getattr(model_config.vision, "image_size", None) or model_config.vqvae.image_size
-    source = ShapeChats(config.world, model_config.vqvae.image_size, ask_size)
+    source = ShapeChats(config.world, model_config.vqvae.image_size)
     for stage in config.stages:
         place = folder / stage.name
         if (place / "model" / "config.json").is_file():

@@ -18,7 +18,7 @@ from vargpt.images import for_drawing, to_pil, to_tensor
 from vargpt.interfaces import LanguageModel, TokenMaps
 from vargpt.model import VARGPT, require
 from vargpt.next_scale import ScaleStep
-from vargpt.sampling import GREEDY, Guidance, Sampling, generators
+from vargpt.sampling import Guidance, Sampling, generators
 from vargpt.text import TEMPLATES, Message, TextStream, Tokenizer
 
 Part = str | Image
@@ -89,10 +89,10 @@ def draw(
     if not prompts or n < 1:
         raise ValueError(f"there is nothing to draw: {len(prompts)} prompts, {n} pictures each")
     rows = [
-        _encode(model, [ChatMessage(role="user", content=prompt)])[0] + [model.tokens.gen_start] for prompt in prompts
+        encode_messages(model, [ChatMessage(role="user", content=prompt)])[0] + [model.tokens.gen_start] for prompt in prompts
     ]
     tokens = require(model.var, "visual decoder").schedule.total
-    context, _ = _read(model, rows, room=tokens)
+    context, _ = read_rows(model, rows, room=tokens)
     if n > 1:
         context = context.select(torch.arange(len(prompts), device=model.device).repeat_interleave(n))
     seeds = [seed + i for _ in prompts for i in range(n)]
@@ -125,8 +125,8 @@ def ask(
     content: list[Part] = [question] if image is None else [image, question]
     if not question.strip():
         raise ValueError("the question is empty: ask something")
-    ids, pictures, _ = _encode(model, [ChatMessage(role="user", content=content)])
-    context, hidden = _read(model, [ids], room=max_new_tokens, pictures=pictures)
+    ids, pictures, _ = encode_messages(model, [ChatMessage(role="user", content=content)])
+    context, hidden = read_rows(model, [ids], room=max_new_tokens, pictures=pictures)
     t = model.tokens
     stream = _Stream(model, on_text)
     generate_text(
@@ -136,7 +136,7 @@ def ask(
         max_new_tokens=max_new_tokens,
         stop=(t.eos,),
         forbid=[i for i in (t.image, t.pad, t.gen_start, t.gen_end, t.gen_pad) if i >= 0],
-        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p) if temperature else GREEDY,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
         generators=generators([seed], model.device),
         on_token=stream.push,
     )
@@ -172,12 +172,12 @@ def chat(
     Raises:
         ValueError: roles that do not alternate, an empty message, or a conversation too long for the model.
     """
-    ids, pictures, drawn = _encode(model, messages)
+    ids, pictures, drawn = encode_messages(model, messages)
     t, can_draw = model.tokens, model.var is not None and model.tokens.gen_start >= 0
     drawing = _Drawing(null, Guidance(scale=cfg), Sampling(top_k=900, top_p=0.96))
     tokens = max_pictures * (model.var.schedule.total + 2) if can_draw and model.var else 0
-    context, hidden = _read(model, [ids], room=max_new_tokens + tokens, pictures=pictures, drawn=drawn, strict=False)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p) if temperature else GREEDY
+    context, hidden = read_rows(model, [ids], room=max_new_tokens + tokens, pictures=pictures, drawn=drawn, strict=False)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     random = generators([seed], model.device)
     forbidden = [i for i in (t.image, t.pad, t.gen_pad, t.gen_end) if i >= 0]
     reply: list[Part] = []
@@ -234,7 +234,7 @@ def _tokenizer(model: VARGPT) -> Tokenizer:
     return require(model.tokenizer, "tokenizer")
 
 
-def _encode(
+def encode_messages(
     model: VARGPT, messages: Sequence[ChatMessage | Mapping[str, Any]], *, may_be_empty: bool = False
 ) -> tuple[list[int], list[Image], list[Image]]:
     """A conversation as token numbers with all placeholders, its pictures to understand, and those it drew."""
@@ -278,7 +278,7 @@ def _name(tokenizer: Tokenizer, number: int, what: str) -> str:
     return tokenizer.names[number]
 
 
-def _read(
+def read_rows(
     model: VARGPT,
     rows: Sequence[Sequence[int]],
     *,
@@ -325,9 +325,9 @@ def _draw(
     null = drawing.null or model.choices.null
     empty = None
     if null == "prompt" and drawing.guidance.scale > 0:
-        ids, _, _ = _encode(model, [ChatMessage(role="user", content="")], may_be_empty=True)
+        ids, _, _ = encode_messages(model, [ChatMessage(role="user", content="")], may_be_empty=True)
         room = require(model.var, "visual decoder").schedule.total
-        empty, _ = _read(model, [[*ids, model.tokens.gen_start]], room=room)
+        empty, _ = read_rows(model, [[*ids, model.tokens.gen_start]], room=room)
         empty = empty.select(torch.zeros(len(seeds), dtype=torch.long, device=model.device))
     return draw_rows(
         model,

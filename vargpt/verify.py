@@ -192,10 +192,10 @@ def _train(setting: Setting) -> Iterator[Row]:
     gradients = setting.published.published_names(gradients)
     for name, recorded in r.items():
         if name.startswith("train.grad."):
-            gradient = gradients.get(name.removeprefix("train.grad."))
-            there = gradient is not None and gradient.shape == recorded.shape
-            error = (gradient - recorded).norm() / recorded.norm().clamp(min=1e-12) if there else torch.inf
-            yield Row(name, float(error), GRADIENT_TOLERANCE)
+            gradient, error = gradients.get(name.removeprefix("train.grad.")), torch.inf
+            if gradient is not None and gradient.shape == recorded.shape:
+                error = float((gradient - recorded).norm() / recorded.norm().clamp(min=1e-12))
+            yield Row(name, error, GRADIENT_TOLERANCE)
 
 
 def _generate(setting: Setting) -> Iterator[Row]:

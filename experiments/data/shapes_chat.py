@@ -16,12 +16,12 @@ class ShapeChats:
     """Conversations about scenes of the small world, never the same twice in training.
 
     Args:
-        draw_size, ask_size: sides of the pictures drawn and asked about, in pixels.
+        size: side of the pictures, in pixels.
     """
 
-    def __init__(self, world: str, draw_size: int, ask_size: int) -> None:
+    def __init__(self, world: str, size: int) -> None:
         self.world: World = WORLDS[world]
-        self._draw_size, self._ask_size = draw_size, ask_size
+        self._size = size
 
     def examples(self, kind: str, seed: int, step: int, count: int, *, split: Split = "train") -> list[Example]:
         """``kind``: ``drawing``, ``question`` (about a picture) or ``text`` (about a description)."""
@@ -33,13 +33,13 @@ class ShapeChats:
     def _drawing(self, split: Split, seed: int, index: int) -> Example:
         scene = self._scene(split, "drawing", seed, index)
         asked = request(scene, self.world, Random(f"request {split} {seed} {index}"))
-        return Example(messages=_turn(asked, IMAGE_GEN), drawings=[as_tensor([scene], self._draw_size)[0]])
+        return Example(messages=_turn(asked, IMAGE_GEN), drawings=[as_tensor([scene], self._size)[0]])
 
     def _question(self, split: Split, seed: int, index: int) -> Example:
         scene = self._scene(split, "question", seed, index)
         rng = Random(f"question {split} {seed} {index}")
         qa = rng.choice(questions(scene, self.world, rng))
-        picture = Image.fromarray(render(scene, self._ask_size))
+        picture = Image.fromarray(render(scene, self._size))
         return Example(messages=_turn(f"{IMAGE}\n{qa.question}", qa.answer), images=[picture])
 
     def _text(self, split: Split, seed: int, index: int) -> Example:
@@ -52,7 +52,7 @@ class ShapeChats:
         return Example(messages=_turn(f"There is {told}. {qa.question}", qa.answer))
 
     def _scene(self, split: Split, purpose: str, seed: int, index: int) -> Scene:
-        # Each purpose sees scenes of its own: the seeds differ by what no step count reaches.
+        # Each purpose sees scenes of its own, further apart than any training counts.
         offset = {"drawing": 0, "question": 1, "text": 2}[purpose] * 1_000_000_000
         return self.world.sample(split, offset + index, seed=seed)
 
