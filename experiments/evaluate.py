@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.data.shapes import WORLDS, World, questions, render, request
-from experiments.data.shapes_judge import CATEGORIES, PromptSpec, judge, prompt
+from experiments.data.shapes_judge import CATEGORIES, NAMING_PAIRS, PromptSpec, judge, prompt
 from experiments.data.shapes_parser import parse, same
 from experiments.data.shapes_pictures import as_tensor
 from experiments.run import grid
@@ -119,10 +119,11 @@ def question_scores(model: VARGPT, world: World, settings: Settings) -> dict[str
 
 
 def drawing_scores(model: VARGPT, world: World, settings: Settings, *, heldout: bool = False) -> dict[str, Share]:
-    """Drawings that show what was asked for and nothing else, by category; ``heldout``: of pairs never trained on."""
+    """Drawings that show what was asked for and nothing else, by category; ``heldout``: of the categories that name
+    pairs of colour and shape, with pairs never trained on."""
     name = "heldout" if heldout else "drawing"
     specs = drawing_prompts(world, settings, heldout=heldout)
-    right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
+    right: dict[str, list[bool]] = defaultdict(list)
     for number, part in enumerate(_batches(specs, settings.batch, name)):
         for spec, picture in zip(part, pictures(model, part, settings, number), strict=True):
             right[spec.category].append(judge(spec, parse(np.asarray(picture), world)))
@@ -133,8 +134,9 @@ def drawing_scores(model: VARGPT, world: World, settings: Settings, *, heldout: 
 def drawing_prompts(world: World, settings: Settings, *, heldout: bool = False) -> list[PromptSpec]:
     """As many prompts of every category."""
     rng = Random(f"prompts {settings.seed} {heldout}")
-    each = max(1, settings.n // len(CATEGORIES))
-    return [prompt(category, world, rng, heldout=heldout) for category in CATEGORIES for _ in range(each)]
+    categories = NAMING_PAIRS if heldout else tuple(CATEGORIES)
+    each = max(1, settings.n // len(categories))
+    return [prompt(category, world, rng, heldout=heldout) for category in categories for _ in range(each)]
 
 
 def pictures(model: VARGPT, specs: Sequence[PromptSpec], settings: Settings, number: int = 0) -> list[Image.Image]:

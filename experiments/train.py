@@ -139,6 +139,8 @@ class StageTrainer:
                 with torch.autocast(self.model.device.type, torch.bfloat16, enabled=c.autocast):
                     out = forward(self.model, batch)
                 assert out.loss is not None
+                if not out.loss.requires_grad:
+                    raise ValueError(f"stage {stage.name!r} trains nothing that bears on all its rows: set some to 0")
                 (out.loss / stage.accumulate).backward()
                 for name, loss in losses(out).items():
                     sums[name] = sums.get(name, 0.0) + loss / stage.accumulate

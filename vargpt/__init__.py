@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vargpt.api import DrawOutput, ask, chat, draw
-    from vargpt.build import build, preset
+    from vargpt.build import preset
     from vargpt.checkpoint import load, save
     from vargpt.choices import FIXED, PUBLISHED, Choices
     from vargpt.config import VargptConfig
@@ -25,7 +25,6 @@ __all__ = [
     "DrawOutput",
     "VargptConfig",
     "ask",
-    "build",
     "chat",
     "draw",
     "load",
@@ -35,7 +34,7 @@ __all__ = [
 
 _HOME = {
     "api": ("DrawOutput", "ask", "chat", "draw"),
-    "build": ("build", "preset"),
+    "build": ("preset",),
     "checkpoint": ("load", "save"),
     "choices": ("FIXED", "PUBLISHED", "Choices"),
     "config": ("VargptConfig",),

@@ -1,0 +1,186 @@
+"""Training: resumable to the same losses, refusing what it cannot do in one line, leaving models that load."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+import vargpt
+from experiments import train, train_tokenizer
+from experiments.data.images import PictureData, picture_source
+from experiments.run import Schedule, settings
+from experiments.train_tokenizer import TokenizerTraining
+from vargpt.build import build
+
+SMALL = [
+    "vqvae.channels=16",
+    "vqvae.norm_groups=4",
+    "vqvae.vocab_size=32",
+    "batch=2",
+    "schedule.warmup=2",
+    "codebook.restart_every=3",
+    "validation=4",
+    "save_every=4",
+    "evaluate_every=6",
+]
+
+
+def losses(folder: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(vargpt.load(folder / "model").state_dict())
+
+
+def run_tokenizer(folder: Path, *changes: str) -> int:
+    return train_tokenizer.main(["nano", *SMALL, *changes, "--out", str(folder)])
+
+
+@pytest.mark.parametrize("changes", [(), ("codebook.update=ema",), ("adversary={start: 3, channels: 8}",)])
+def test_a_tokenizer_run_that_was_cut_off_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]
+) -> None:
+    changes = ("schedule.steps=12", *changes)
+    assert run_tokenizer(tmp_path / "whole", *changes) == 0
+    step = train_tokenizer.TokenizerTrainer.step
+
+    def cut(self: train_tokenizer.TokenizerTrainer, number: int) -> object:
+        if number == 10:  # steps 8 and 9 are lost: the last state is that of step 8
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(train_tokenizer.TokenizerTrainer, "step", cut)
+    assert run_tokenizer(tmp_path / "cut", *changes) == 2
+    monkeypatch.setattr(train_tokenizer.TokenizerTrainer, "step", step)
+    assert run_tokenizer(tmp_path / "cut", *changes) == 0
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert sorted(p.name for p in (tmp_path / "cut" / "samples").iterdir()) == [
+        "prefixes-000006.png",
+        "prefixes-000012.png",
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(tmp_path: Path) -> None:
+    changes = ["schedule.steps=300", "save_every=10", "evaluate_every=1000"]
+    command = [sys.executable, "-m", "experiments.train_tokenizer", "nano", *SMALL, *changes, "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
+    killed = subprocess.Popen([*command, str(tmp_path / "cut")], env=environment, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "cut" / "state.safetensors").exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.7)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, env=environment, capture_output=True)
+    whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert whole.keys() == resumed.keys()
+    assert whole[300] == resumed[300]
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_whole_model_trains_in_stages_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_tokenizer(tmp_path / "tokenizer", "schedule.steps=1") == 0
+    stages = (
+        "[{name: first, trains: [gen_in, gen_out, var.class_embed], schedule: {steps: 2, lr: 0.001},"
+        " rows: {drawing: 2}}, {name: second, accumulate: 2, schedule: {steps: 5, lr: 0.001},"
+        " rows: {drawing: 2, question: 2, text: 1}}]"
+    )
+    arguments = [
+        "nano",
+        f"tokenizer={tmp_path / 'tokenizer' / 'model'}",
+        f"stages={stages}",
+        "validation=2",
+        "evaluate_every=100",
+        "save_every=2",
+    ]
+    assert train.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    step = train.StageTrainer.step
+
+    def cut(self: train.StageTrainer, number: int) -> object:
+        if self.stage.name == "second" and number == 3:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(train.StageTrainer, "step", cut)
+    assert train.main([*arguments, "--out", str(tmp_path / "cut")]) == 2
+    monkeypatch.setattr(train.StageTrainer, "step", step)
+    assert train.main([*arguments, "--out", str(tmp_path / "cut")]) == 0
+    first, second = weights(tmp_path / "whole" / "first"), weights(tmp_path / "whole" / "second")
+    resumed = weights(tmp_path / "cut" / "second")
+    assert all(torch.equal(second[name], resumed[name]) for name in second)
+    start = build(vargpt.load(tmp_path / "whole" / "first" / "model").config).state_dict()
+    changed = {name for name in first if not name.startswith("vqvae.") and not torch.equal(first[name], start[name])}
+    assert changed
+    assert all(name.startswith(("gen_in", "gen_out", "var.class_embed")) for name in changed)
+
+
+def test_photographs_train_a_tokenizer(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("astronaut", "chelsea", "coffee"):
+        Image.fromarray(getattr(skimage.data, name)()).save(photos / f"{name}.png")
+    changes = ("data.world=null", f"data.folder={photos}", "schedule.steps=2", "evaluate_every=2")
+    assert run_tokenizer(tmp_path / "run", *changes) == 0
+    source = picture_source(PictureData(folder=str(photos)), 32)
+    assert torch.equal(source.training(0, 3, 4), source.training(0, 3, 4))
+    assert not torch.equal(source.training(0, 3, 4), source.training(0, 4, 4))
+    assert source.validation(9).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["micro"], "unknown configuration 'micro': choose one of nano, tiny, vargpt-7b"),
+        (["nano", "batch"], "'batch' must be key=value"),
+        (["nano", "batchsize=3"], "nano has no field 'batchsize'"),
+        (["nano", "vqvae.patch_nums=[4,2]"], "must not decrease"),
+        (["nano", "data.folder=nowhere"], "name either a world or a folder"),
+        (["nano", "data.world=null", "data.folder=nowhere"], "nowhere holds 0 pictures"),
+        (["vargpt-7b"], "full_key: data.folder"),
+        (["nano", "codebook.update=magic"], "must be one of 'gradient', 'ema', not 'magic'"),
+    ],
+)
+def test_mistakes_get_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
+    assert train_tokenizer.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert complaint in lines[0]
+
+
+def test_a_folder_of_another_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run_tokenizer(tmp_path, "schedule.steps=1") == 0
+    assert run_tokenizer(tmp_path, "schedule.steps=1", "seed=3") == 2
+    assert "holds another run (differs in seed)" in capsys.readouterr().err
+
+
+def test_the_schedule_warms_up_and_comes_down() -> None:
+    schedule = Schedule(steps=110, lr=1.0, warmup=10, final=0.1)
+    assert schedule.at(0) == pytest.approx(0.1)
+    assert schedule.at(9) == schedule.at(10) == 1.0
+    assert schedule.at(60) == pytest.approx(0.55)
+    assert schedule.at(110) == pytest.approx(0.1)
+
+
+def test_the_released_tokenizer_has_a_configuration() -> None:
+    _, config = settings("tokenizer", TokenizerTraining, ["vargpt-7b", "data.folder=photos"])
+    assert config.vqvae == vargpt.preset("vargpt-7b").vqvae
+    assert config.vqvae.image_size == 256
