@@ -55,10 +55,7 @@ def from_json(cls: type, values: Any, where: str = "config") -> Any:
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be an object, not {values!r}")
-    values = dict(values)
-    if "kind" in values and cls not in _KINDS.values():
-        raise ValueError(f"{where} has no alternatives: remove 'kind'")
-    values.pop("kind", None)
+    values = {name: value for name, value in values.items() if name != "kind" or cls not in _KINDS.values()}
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))

@@ -1,0 +1,68 @@
+"""ScaleSchedule against its definition, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vargpt.scales import ScaleSchedule
+
+patch_nums = st.lists(st.integers(1, 7), min_size=1, max_size=8).map(sorted)
+
+
+@given(patch_nums)
+def test_tokens_lie_scale_after_scale(sides: list[int]) -> None:
+    schedule = ScaleSchedule(sides)
+    owners = [scale for scale, side in enumerate(sides) for _ in range(side * side)]  # written out, token by token
+    assert len(schedule) == len(sides)
+    assert schedule.latent_side == sides[-1]
+    assert schedule.total == len(owners) == sum(schedule.lengths)
+    assert schedule.level_ids().tolist() == owners
+    assert schedule.offsets == (*(owners.index(scale) for scale in range(len(sides))), len(owners))
+    for scale, side in enumerate(sides):
+        assert owners[schedule.span(scale)] == [scale] * side * side == [scale] * schedule.lengths[scale]
+
+
+@given(patch_nums)
+def test_a_token_sees_its_own_and_all_earlier_scales(sides: list[int]) -> None:
+    schedule = ScaleSchedule(sides)
+    owners = schedule.level_ids()
+    seen = torch.arange(schedule.total) < schedule.visible_limits()[:, None]
+    assert torch.equal(seen, owners <= owners[:, None])
+
+
+@given(patch_nums)
+def test_positions_run_from_0_to_1(sides: list[int]) -> None:
+    schedule = ScaleSchedule(sides)
+    positions = [schedule.position(scale) for scale in range(len(schedule))]
+    assert positions == [s / max(len(sides) - 1, 1) for s in range(len(sides))]
+    assert positions[0] == 0.0
+    assert positions[-1] == (1.0 if len(sides) > 1 else 0.0)
+
+
+def test_the_released_schedule() -> None:
+    schedule = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+    assert (schedule.total, schedule.latent_side, schedule.offsets[-2]) == (680, 16, 424)
+
+
+def test_equal_sides_make_equal_schedules_that_can_be_keys() -> None:
+    assert ScaleSchedule([1, 2]) == ScaleSchedule((1, 2)) != ScaleSchedule((1, 3))
+    first = ScaleSchedule([1, 2])
+    assert first.total == 5
+    assert first.offsets == (0, 1, 5)  # what is cached does not count
+    assert {first: "found"}[ScaleSchedule((1, 2))] == "found"
+
+
+def test_no_values_are_needed_on_the_meta_device() -> None:
+    schedule = ScaleSchedule((1, 2, 3))
+    assert schedule.level_ids("meta").shape == schedule.visible_limits("meta").shape == (14,)
+
+
+@pytest.mark.parametrize("sides", [(), (0,), (-1, 2), (2, 1), (1, 3, 2)])
+def test_sides_that_shrink_or_vanish_are_refused(sides: Sequence[int]) -> None:
+    with pytest.raises(ValueError, match="must be positive and must not decrease"):
+        ScaleSchedule(sides)
