@@ -54,6 +54,9 @@ class TokenizerTraining:
     clip: float = 1.0
     ema: float = 0.999
     codebook: CodebookConfig = CodebookConfig()
+    reconstruction: float = 1.0
+    """Weight of l1 + l2. The commitment loss pulls latents towards what a few coarse codes can say; where that costs
+    fine detail (round corners), this pulls back."""
     coarse: float = 0.0
     """Share of the pictures that are reconstructed from their first few scales only, so that each prefix of scales
     says as much of the picture as it can."""
@@ -95,7 +98,8 @@ class TokenizerTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         out = self.model(images, self._keep(len(images), step))
-        loss, scalars = out.loss, {"l1": out.l1, "l2": out.l2, "vq": out.vq_loss, "commitment": out.commitment_loss}
+        loss = out.loss + (c.reconstruction - 1) * (out.l1 + out.l2)
+        scalars = {"l1": out.l1, "l2": out.l2, "vq": out.vq_loss, "commitment": out.commitment_loss}
         if c.codebook.update == "ema":
             loss = loss - out.vq_loss + out.vq_loss.detach()
         if self.perceptual is not None:

@@ -127,15 +127,14 @@ def ask(
         raise ValueError("the question is empty: ask something")
     ids, pictures, _ = encode_messages(model, [ChatMessage(role="user", content=content)])
     context, hidden = read_rows(model, [ids], room=max_new_tokens, pictures=pictures)
-    t = model.tokens
     stream = _Stream(model, on_text)
     generate_text(
         model,
         context,
         hidden,
         max_new_tokens=max_new_tokens,
-        stop=(t.eos,),
-        forbid=[i for i in (t.image, t.pad, t.gen_start, t.gen_end, t.gen_pad) if i >= 0],
+        stop=(model.tokens.eos,),
+        forbid=_no_text(model),
         sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
         generators=generators([seed], model.device),
         on_token=stream.push,
@@ -173,25 +172,33 @@ def chat(
         ValueError: roles that do not alternate, an empty message, or a conversation too long for the model.
     """
     ids, pictures, drawn = encode_messages(model, messages)
-    t, can_draw = model.tokens, model.var is not None and model.tokens.gen_start >= 0
-    drawing = _Drawing(null, Guidance(scale=cfg), Sampling(top_k=900, top_p=0.96))
-    tokens = max_pictures * (model.var.schedule.total + 2) if can_draw and model.var else 0
-    context, hidden = read_rows(model, [ids], room=max_new_tokens + tokens, pictures=pictures, drawn=drawn, strict=False)
+    t, drawing = model.tokens, _Drawing(null, Guidance(scale=cfg), Sampling(top_k=900, top_p=0.96))
+    # A drawing takes its image tokens and the start and end tokens. None of them may overflow the context.
+    per_drawing = model.var.schedule.total + 2 if model.var is not None and t.gen_start >= 0 else 0
+    context, hidden = read_rows(
+        model,
+        [ids],
+        room=max_new_tokens + max_pictures * per_drawing,
+        pictures=pictures,
+        drawn=drawn,
+        strict=False,
+    )
+    left = require(model.llm, "language model").context_length - len(ids)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     random = generators([seed], model.device)
-    forbidden = [i for i in (t.image, t.pad, t.gen_pad, t.gen_end) if i >= 0]
     reply: list[Part] = []
     images = 0
-    while max_new_tokens > 0:
-        may_draw = can_draw and images < max_pictures
+    while (length := min(max_new_tokens, left)) > 0:
+        may_draw = per_drawing > 0 and images < max_pictures and left > per_drawing
+        length = min(length, left - per_drawing) if may_draw else length
         stream = _Stream(model, on_text)
         row = generate_text(
             model,
             context,
             hidden,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=length,
             stop=(t.eos, t.gen_start) if may_draw else (t.eos,),
-            forbid=forbidden if may_draw or t.gen_start < 0 else [*forbidden, t.gen_start],
+            forbid=_no_text(model, but=t.gen_start if may_draw else None),
             sampling=sampling,
             generators=random,
             on_token=stream.push,
@@ -199,12 +206,14 @@ def chat(
         if text := stream.finish():
             reply.append(text)
         max_new_tokens -= len(row.ids) + 1
-        if row.stop != t.gen_start or not may_draw:
+        left -= len(row.ids)
+        if row.stop is None or row.stop != t.gen_start:
             break
         read_token(context, t.gen_start)
         maps = _draw(model, context, drawing, [seed + images], on_scale)
         reply += to_pil(require(model.vqvae, "image tokenizer").decode_latent(maps.f_hat))
         images += 1
+        left -= per_drawing
         hidden = read_token(context, t.gen_end)
     return [*messages, ChatMessage(role="assistant", content=reply)]
 
@@ -228,6 +237,12 @@ class _Stream:
         self._text += text
         if text and self._on_text is not None:
             self._on_text(text)
+
+
+def _no_text(model: VARGPT, but: int | None = None) -> list[int]:
+    """Special tokens that no reply is made of."""
+    t = model.tokens
+    return [i for i in (t.image, t.pad, t.gen_start, t.gen_end, t.gen_pad) if i >= 0 and i not in (but, t.eos)]
 
 
 def _tokenizer(model: VARGPT) -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ measure(results / "ours", results / "theirs")
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_conversion_takes_no_more_than_the_largest_shard(tmp_path: Path) -> None:
-    config = published_config(llm={"vocab_size": 2**16, "width": 512, "mlp_width": 6144, "depth": 12})
+    config = published_config(llm={"vocab_size": 2**16, "width": 512, "mlp_width": 6144, "depth": 9})
     zero = torch.zeros((), dtype=torch.bfloat16)
     ours = MemorySource({name: zero.expand(spec.shape) for name, spec in published_tensors(config).items()})
     theirs, described = to_published(config, ours)
@@ -55,7 +56,7 @@ def test_conversion_takes_no_more_than_the_largest_shard(tmp_path: Path) -> None
     (tmp_path / "large" / "config.json").write_text(json.dumps(described))
     shards = [file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors")]
     assert len(shards) > 5
-    assert sum(shards) > 5 * max(shards)
+    assert sum(shards) > 4 * max(shards)
     largest = max(spec.bytes for spec in theirs.specs.values())
     assert largest > 0.98 * max(shards)  # one tensor fills the largest shard: the hardest case
 
@@ -69,6 +70,6 @@ def test_conversion_takes_no_more_than_the_largest_shard(tmp_path: Path) -> None
     )
     assert run.returncode == 0, run.stderr
     there, back = (int(line) / max(shards) for line in run.stdout.split())
-    print(there, back)
+    shutil.rmtree(tmp_path)  # pytest would keep it
     assert 0.5 < there < 1.2
     assert 0.5 < back < 1.2

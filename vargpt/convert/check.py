@@ -76,6 +76,7 @@ def check_published(config: VargptConfig, tensors: ToOurs, where: Path) -> None:
         where,
         missing=wanted.keys() - given.keys(),
         unknown=tensors.unknown + unasked,
+        twice=tensors.twice,
         wanted={name: spec for name, spec in wanted.items() if name in given},
         given=given,
     )
@@ -83,8 +84,10 @@ def check_published(config: VargptConfig, tensors: ToOurs, where: Path) -> None:
 
 def _complain(
     where: Path,
+    *,
     missing: Iterable[str],
     unknown: Iterable[str],
+    twice: Iterable[str] = (),
     wanted: Mapping[str, TensorSpec],
     given: Mapping[str, TensorSpec],
 ) -> None:
@@ -98,7 +101,13 @@ def _complain(
         for name, spec in wanted.items()
         if given[name].dtype.is_floating_point != spec.dtype.is_floating_point
     ]
-    problems = {"missing tensors": missing, "unknown tensors": unknown, "wrong shapes": shapes, "wrong types": types}
+    problems = {
+        "missing tensors": missing,
+        "unknown tensors": unknown,
+        "tensors given twice": twice,
+        "wrong shapes": shapes,
+        "wrong types": types,
+    }
     told = [f"{kind}: {listing(names)}" for kind, names in problems.items() if names]
     if told:
         raise ValueError(f"{where}: {'; '.join(told)}")

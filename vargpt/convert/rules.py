@@ -134,7 +134,9 @@ class ToOurs:
     def __init__(self, source: TensorSource, table: Table) -> None:
         self.source, self._table = source, table
         self.unknown: list[str] = []
-        """Published names that the table does not know, or that give one of our tensors a second time."""
+        """Published names that the table does not know."""
+        self.twice: list[str] = []
+        """Pairs of published names that give the same tensor of ours."""
         self._rules: dict[str, Rule] = {}
         self._names: dict[str, dict[int, str]] = {}
         self._specs: dict[str, TensorSpec] | None = None
@@ -147,8 +149,8 @@ class ToOurs:
                 self.unknown.append(name)
                 continue
             rule, number, ours = found
-            if number in self._names.get(ours, ()) or self._rules.get(ours, rule) != rule:
-                self.unknown.append(name)
+            if number in self._names.get(ours, ()):
+                self.twice.append(f"{self._names[ours][number]} and {name}")
                 continue
             self._rules[ours] = rule
             self._names.setdefault(ours, {})[number] = name
@@ -219,7 +221,7 @@ class ToTheirs:
         return via.to_theirs(self._source.read(ours), parts)[number]
 
 
-def listing(names: Iterable[str], limit: int = 20) -> str:
+def listing(names: Iterable[str], limit: int = 100) -> str:
     """Names for a message: all of them where they are few."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
