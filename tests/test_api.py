@@ -35,7 +35,8 @@ def cat() -> Image.Image:
     return Image.fromarray(skimage.data.chelsea())
 
 
-def pixels(image: Image.Image) -> np.ndarray:
+def pixels(image: object) -> np.ndarray:
+    assert isinstance(image, Image.Image)
     return np.asarray(image)
 
 
@@ -128,6 +129,7 @@ def eager(model: VARGPT) -> VARGPT:
     """The same model with a head that prefers to draw, then to stop."""
     eager = build(NANO, seed=1, tokenizer=model.tokenizer).eval()
     llm = eager.llm
+    assert llm is not None
     original = llm.logits
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:

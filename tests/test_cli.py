@@ -241,7 +241,11 @@ def test_an_interrupt_while_saving_keeps_the_old_picture(
 
 
 def test_the_installed_command_answers_without_torch() -> None:
-    code = "import sys; from vargpt.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; from vargpt.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.rstrip().endswith("False")
 

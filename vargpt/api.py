@@ -89,7 +89,8 @@ def draw(
     if not prompts or n < 1:
         raise ValueError(f"there is nothing to draw: {len(prompts)} prompts, {n} pictures each")
     rows = [
-        encode_messages(model, [ChatMessage(role="user", content=prompt)])[0] + [model.tokens.gen_start] for prompt in prompts
+        encode_messages(model, [ChatMessage(role="user", content=prompt)])[0] + [model.tokens.gen_start]
+        for prompt in prompts
     ]
     tokens = require(model.var, "visual decoder").schedule.total
     context, _ = read_rows(model, rows, room=tokens)

@@ -378,7 +378,7 @@ def test_a_pair_is_two_files(files: list[str], var_tiny_dir: Path, tmp_path: Pat
 
 
 def test_a_pair_is_converted_before_it_is_loaded(var_tiny_dir: Path) -> None:
-    with pytest.raises(ValueError, match="offers pickled weights: run `vargpt convert .* DST` and load DST"):
+    with pytest.raises(ValueError, match=r"offers pickled weights: run `vargpt convert .* DST` and load DST"):
         vargpt.load(var_tiny_dir)
 
 
@@ -430,7 +430,7 @@ def test_a_config_that_is_not_json_is_named(content: str, checkpoint: Path) -> N
         ({"text_config__hidden_act": "gelu"}, "text_config.hidden_act must be 'silu', the only supported, not 'gelu'"),
         (
             {"text_config__rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_scaling.rope_type must be 'default' or 'linear' or 'dynamic' or 'llama3', the only supported, not 'yarn'",
+            "rope_scaling.rope_type must be 'default' or 'linear' or 'dynamic' or 'llama3', the only supported",
         ),
         ({"text_config__rope_scaling": {"type": "longrope"}}, "rope_scaling.type must be"),
         ({"text_config__rope_scaling": {"type": "linear"}}, "text_config.rope_scaling.factor is missing"),
