@@ -68,18 +68,18 @@ def test_draws_follow_the_probabilities(sampling: Sampling, seed: int) -> None:
     ("top_k", "top_p", "kept"),
     [
         (0, 1.0, {0, 1, 2, 3}),
-        (2, 1.0, {0, 1}),
+        (2, 1.0, {3, 2}),
         (9, 1.0, {0, 1, 2, 3}),
-        (0, 0.5, {0}),
-        (0, 0.51, {0, 1}),
-        (0, 0.80, {0, 1, 2}),
-        (0, 1e-9, {0}),
-        (2, 0.6, {0}),  # of the two kept, the first weighs 0.5 / 0.75
-        (2, 0.7, {0, 1}),
+        (0, 0.5, {3}),
+        (0, 0.51, {3, 2}),
+        (0, 0.80, {3, 2, 1}),
+        (0, 1e-9, {3}),
+        (2, 0.6, {3}),  # of the two kept, the best weighs 0.5 / 0.75
+        (2, 0.7, {3, 2}),
     ],
 )
 def test_top_k_and_then_top_p_keep_the_fewest_best(top_k: int, top_p: float, kept: set[int]) -> None:
-    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    logits = torch.tensor([0.1, 0.15, 0.25, 0.5]).log()
     assert set(frequencies(logits, Sampling(top_k=top_k, top_p=top_p)).nonzero().flatten().tolist()) == kept
 
 

@@ -16,7 +16,7 @@ from vargpt.choices import CHOICES, Choices
 from vargpt.config import PRESETS, VargptConfig
 from vargpt.config_json import describe, read_config, to_json
 from vargpt.convert import open_published, published_layout
-from vargpt.convert.check import check_tensors, expected_tensors
+from vargpt.convert.check import check_tensors, expected_tensors, naming
 from vargpt.convert.published import copy_tokenizer
 from vargpt.files import read_json, write_json
 from vargpt.model import VARGPT
@@ -57,7 +57,8 @@ def load(
     if choices is not None:
         config = dataclasses.replace(config, choices=choices_named(choices))
         if tensors is not None:
-            check_tensors(config, tensors, directory)
+            with naming(directory):
+                check_tensors(config, tensors)
     tokenizer = read_tokenizer(directory, config)
     if tensors is None:
         seed = read_json(directory / "config.json")["random_seed"]

@@ -19,6 +19,10 @@ class ProjectorConfig:
     hidden: int
     depth: int = 2
 
+    def __post_init__(self) -> None:
+        if self.hidden < 1 or self.depth < 1:
+            raise ValueError(f"a projector needs a width and at least one layer, not {self.hidden} and {self.depth}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VargptConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def _field(hint: Any, value: Any, where: str) -> Any:
     classes = [option for option in options if dataclasses.is_dataclass(option)]
     if len(classes) > 1:
         kind = value.get("kind") if isinstance(value, dict) else None
-        if kind not in _KINDS:
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise ValueError(f"{where}.kind must be one of {', '.join(_KINDS)}, not {kind!r}")
         return from_json(_KINDS[kind], value, where)
     if classes:
@@ -91,9 +92,11 @@ def _field(hint: Any, value: Any, where: str) -> Any:
     named = [word for option in options if typing.get_origin(option) is typing.Literal for word in option.__args__]
     if named and value not in named:
         raise ValueError(f"{where} must be one of {', '.join(map(repr, named))}, not {value!r}")
-    expected = {int: int, float: (int, float), bool: bool, str: str}
-    allowed = [expected[option] for option in options if option in expected]
-    if allowed and not any(isinstance(value, kind) for kind in allowed):
+    if any(typing.get_origin(option) is Mapping for option in options) and not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object, not {value!r}")
+    expected = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+    allowed = [kind for option in options for kind in expected.get(option, ())]
+    if allowed and type(value) not in allowed:
         names = " or ".join(option.__name__ for option in options if option in expected)
         raise ValueError(f"{where} must be {names}, not {value!r}")
     return value

@@ -88,7 +88,7 @@ def test_the_configuration_told_from_the_file_is_the_preset(
 
 def test_every_shape_is_the_presets(manifest: Mapping[str, TensorSpec], released: VargptConfig) -> None:
     tensors = ToOurs(MetaSource(manifest), VARGPT_HF)
-    check_published(released, tensors, Path("manifest"))
+    check_published(released, tensors)
     expected = expected_tensors(released)
     assert {name: tensors.specs[name].shape for name in expected} == {n: s.shape for n, s in expected.items()}
     unbuilt = {name for ours in tensors.specs if ours not in expected for name in tensors.sources(ours)}
@@ -114,7 +114,7 @@ def test_nothing_may_be_missing(
 ) -> None:
     less = {name: spec for name, spec in manifest.items() if name != change}
     with pytest.raises(ValueError, match=complaint):
-        check_published(released, ToOurs(MetaSource(less), VARGPT_HF), Path("manifest"))
+        check_published(released, ToOurs(MetaSource(less), VARGPT_HF))
 
 
 def test_every_element_is_accounted_for(manifest: Mapping[str, TensorSpec]) -> None:

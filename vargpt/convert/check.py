@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,10 +17,26 @@ from vargpt.tensorfiles import TensorSource, TensorSpec
 from vargpt.vision import OpenClipConfig
 
 
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Errors within begin with the place they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
 def expected_tensors(config: VargptConfig) -> dict[str, TensorSpec]:
-    """Names and shapes of everything a model of this configuration holds."""
-    with torch.device("meta"):
-        return {name: TensorSpec.of(tensor) for name, tensor in build(config).state_dict().items()}
+    """Names and shapes of everything a model of this configuration holds.
+
+    Raises:
+        ValueError: sizes beyond what tensors can have.
+    """
+    try:
+        with torch.device("meta"):
+            return {name: TensorSpec.of(tensor) for name, tensor in build(config).state_dict().items()}
+    except RuntimeError as error:
+        raise ValueError(f"no model can have these sizes ({str(error).splitlines()[0]})") from None
 
 
 def published_tensors(config: VargptConfig) -> dict[str, TensorSpec]:
@@ -44,7 +61,7 @@ def may_lack(ours: str, config: VargptConfig) -> bool:
     return tied or re.fullmatch(unused, ours) is not None
 
 
-def check_tensors(config: VargptConfig, source: TensorSource, where: Path) -> None:
+def check_tensors(config: VargptConfig, source: TensorSource) -> None:
     """Compare names, shapes and kinds of type of a checkpoint of ours, without reading any tensor.
 
     Raises:
@@ -52,7 +69,6 @@ def check_tensors(config: VargptConfig, source: TensorSource, where: Path) -> No
     """
     allowed = published_tensors(config)
     _complain(
-        where,
         missing=expected_tensors(config).keys() - source.specs.keys(),
         unknown=source.specs.keys() - allowed.keys(),
         wanted={name: spec for name, spec in allowed.items() if name in source.specs},
@@ -60,7 +76,7 @@ def check_tensors(config: VargptConfig, source: TensorSource, where: Path) -> No
     )
 
 
-def check_published(config: VargptConfig, tensors: ToOurs, where: Path) -> None:
+def check_published(config: VargptConfig, tensors: ToOurs) -> None:
     """The same for a published checkpoint, in its own names.
 
     Raises:
@@ -73,7 +89,6 @@ def check_published(config: VargptConfig, tensors: ToOurs, where: Path) -> None:
             wanted |= tensors.theirs(ours, spec)
     unasked = [name for ours in tensors.names if ours not in expected for name in tensors.sources(ours)]
     _complain(
-        where,
         missing=wanted.keys() - given.keys(),
         unknown=tensors.unknown + unasked,
         twice=tensors.twice,
@@ -83,7 +98,6 @@ def check_published(config: VargptConfig, tensors: ToOurs, where: Path) -> None:
 
 
 def _complain(
-    where: Path,
     *,
     missing: Iterable[str],
     unknown: Iterable[str],
@@ -110,4 +124,4 @@ def _complain(
     }
     told = [f"{kind}: {listing(names)}" for kind, names in problems.items() if names]
     if told:
-        raise ValueError(f"{where}: {'; '.join(told)}")
+        raise ValueError("; ".join(told))

@@ -17,7 +17,7 @@ from torch import Tensor
 from vargpt.config import VargptConfig
 from vargpt.config_json import FORMAT, describe, read_config
 from vargpt.convert import published_config
-from vargpt.convert.check import check_published, check_tensors, published_tensors
+from vargpt.convert.check import check_published, check_tensors, naming, published_tensors
 from vargpt.convert.rules import Table, ToOurs, ToTheirs
 from vargpt.convert.tables import CLIP_HF, LLAMA_HF, LLAVA_HF, VAR_PAIR, VARGPT_HF
 from vargpt.files import atomic_file, read_json, write_json
@@ -94,16 +94,14 @@ def open_published(directory: Path, patch_nums: tuple[int, ...] | None = None) -
     layout = published_layout(directory)
     if layout == "ours":
         config, source = read_config(directory), SafetensorsSource(directory)
-        check_tensors(config, source, directory)
+        with naming(directory):
+            check_tensors(config, source)
         return Published(config, source, "vargpt" if config.llm else "var")
     source = _var_pair(directory) if layout == "var" else SafetensorsSource(directory)
-    try:
-        config = _config(layout, directory, source, patch_nums)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
-    tensors = ToOurs(source, _TABLES[layout])
-    check_published(config, tensors, directory)
-    _check_tied_head(config, tensors, directory)
+    with naming(directory):
+        config, tensors = _config(layout, directory, source, patch_nums), ToOurs(source, _TABLES[layout])
+        check_published(config, tensors)
+        _check_tied_head(config, tensors)
     return Published(config, CompletedSource(tensors, _statistics(config, tensors)), layout)
 
 
@@ -118,11 +116,11 @@ def _config(layout: str, directory: Path, source: TensorSource, patch_nums: tupl
     return published_config.llama_only(config) if layout == "llama" else published_config.clip_only(config)
 
 
-def _check_tied_head(config: VargptConfig, tensors: TensorSource, directory: Path) -> None:
+def _check_tied_head(config: VargptConfig, tensors: TensorSource) -> None:
     head, embed = "llm.head.weight", "llm.token_embed.weight"
     tied_twice = config.llm is not None and config.llm.tie_embeddings and head in tensors.specs
     if tied_twice and not torch.equal(tensors.read(head), tensors.read(embed)):
-        raise ValueError(f"{directory}: config.json sets tie_word_embeddings, but lm_head and embed_tokens differ")
+        raise ValueError("config.json sets tie_word_embeddings, but lm_head and embed_tokens differ")
 
 
 def _statistics(config: VargptConfig, tensors: TensorSource) -> dict[str, Tensor]:

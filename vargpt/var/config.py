@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -27,6 +28,11 @@ class VarConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "latent_channels", "width", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be above 0, not {self.mlp_ratio}")
         if self.width % self.num_heads:
             raise ValueError(f"width ({self.width}) must be a multiple of num_heads ({self.num_heads})")
         if not 0 <= self.drop_path < 1:

@@ -30,6 +30,11 @@ class VqvaeConfig:
     """Weight beta of the commitment loss."""
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "latent_channels", "channels", "res_blocks", "norm_groups", "quant_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(f"channel_multipliers must be one or more, all above 0, not {self.channel_multipliers}")
         for multiplier in self.channel_multipliers:
             if self.channels * multiplier % self.norm_groups:
                 raise ValueError(
