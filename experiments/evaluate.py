@@ -24,7 +24,7 @@ from experiments.data.shapes import WORLDS, World, questions, render, request
 from experiments.data.shapes_judge import CATEGORIES, NAMING_PAIRS, PromptSpec, judge, prompt
 from experiments.data.shapes_parser import parse, same
 from experiments.data.shapes_pictures import as_tensor
-from experiments.run import grid
+from experiments.run import exit_code, grid
 from vargpt.api import ChatMessage, draw, encode_messages, read_rows
 from vargpt.checkpoint import load
 from vargpt.choices import NullBranch
@@ -221,11 +221,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the scores")
     parser.add_argument("--grid", metavar="FILE", help="write a sheet of drawings, a row per category")
     options = parser.parse_args(arguments)
-    try:
-        if options.grid:
-            check_writable(options.grid)
+
+    def run() -> None:
         if options.n < 1:
             raise ValueError(f"--n must be at least 1, not {options.n}")
+        if options.grid:
+            check_writable(options.grid)
         settings = Settings(
             n=options.n, seed=options.seed, cfg=options.cfg, null=options.null, temperature=options.temperature
         )
@@ -233,18 +234,13 @@ def main(arguments: list[str] | None = None) -> int:
         scores = evaluate(model, world, settings)
         print(table(scores))
         if options.json:
-            plain = {name: s.value for name, s in scores.items()}
+            values = {name: s.value for name, s in scores.items()}
             intervals = {name: s.interval for name, s in scores.items()}
-            write_json(Path(options.json), {**plain, "intervals": intervals, "n": options.n, "seed": options.seed})
+            write_json(Path(options.json), {**values, "intervals": intervals, "n": options.n, "seed": options.seed})
         if options.grid:
             save_image(sample_grid(model, world, settings), options.grid)
-    except ValueError as error:
-        print("error:", error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -244,6 +245,19 @@ def settings(section: str, cls: type[Config], arguments: list[str]) -> tuple[str
     except OmegaConfBaseException as error:
         raise ValueError(" ".join(str(error).split())) from None
     return name, from_json(cls, values, name)
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a command; a mistake or an interrupt becomes one line and exit code 2."""
+    try:
+        command()
+    except ValueError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; a training goes on from its last saved step by the same command", file=sys.stderr)
+        return 2
+    return 0
 
 
 def described(config: Any) -> dict[str, Any]:

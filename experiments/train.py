@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from experiments.data.chat import Batch, ConversationSource, Example, collate
 from experiments.data.shapes_chat import ShapeChats
-from experiments.run import Ema, Run, Schedule, described, grid, settings, step_generator
+from experiments.run import Ema, Run, Schedule, described, exit_code, grid, settings, step_generator
 from vargpt.api import draw
 from vargpt.build import build, preset
 from vargpt.checkpoint import ASSETS, choices_named, load, save
@@ -281,16 +281,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="folder of the run (runs/NAME)")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         name, config = settings("train", Training, options.settings)
         train(config, Path(options.out or f"runs/{name}"), torch.device(options.device))
-    except ValueError as error:
-        print("error:", error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the last saved step", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from experiments.adversary import Adversary, AdversaryConfig, PerceptualConfig, PerceptualLoss
 from experiments.data.images import PictureData, PictureSource, picture_source
-from experiments.run import Ema, Run, Schedule, described, grid, settings, step_generator
+from experiments.run import Ema, Run, Schedule, described, exit_code, grid, settings, step_generator
 from vargpt.config import VargptConfig
 from vargpt.model import VARGPT
 from vargpt.vqvae import MultiScaleVQVAE, VqvaeConfig
@@ -285,16 +285,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="folder of the run (runs/tokenizer-NAME)")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         name, config = settings("tokenizer", TokenizerTraining, options.settings)
         train(config, Path(options.out or f"runs/tokenizer-{name}"), torch.device(options.device))
-    except ValueError as error:
-        print("error:", error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the last saved step", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 VOCABULARY, POSITIONS = 23, 16
 # Saving and loading takes time, and shrinking would repeat it hundreds of times.
-quick = settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
+quick = settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +52,7 @@ def llamas(draw: st.DrawFn) -> dict[str, Any]:
     groups, share = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
     return {
         "model_type": "llama",
-        "hidden_size": draw(st.sampled_from([6, 10, 16])),
+        "hidden_size": groups * share * draw(st.sampled_from([1, 2, 4])),  # it insists on a multiple
         "num_attention_heads": groups * share,
         "num_key_value_heads": groups,
         "head_dim": draw(st.sampled_from([4, 6, 8])),
@@ -113,7 +113,8 @@ class Opened:
     def longest(self) -> int:
         """Tokens that both take: past the trained ones where scaling allows it."""
         rope = self.theirs.config.rope_parameters
-        return int(POSITIONS * rope["factor"]) if rope["rope_type"] in ("linear", "dynamic") else POSITIONS
+        stretch = min(rope["factor"], 2.0) if rope["rope_type"] in ("linear", "dynamic") else 1.0
+        return int(POSITIONS * stretch)
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
@@ -172,7 +173,7 @@ def test_incremental_decoding(sizes: dict[str, Any], seed: int, data: st.DataObj
     close(torch.cat([both.llm(both.llm.embed(piece), cache=cache) for piece in pieces], dim=1), hidden)
 
 
-@settings(quick, max_examples=8)
+@settings(quick, max_examples=6)
 @given(sizes=anything, seed=seeds)
 @torch.no_grad()
 def test_greedy_generation(sizes: dict[str, Any], seed: int, tmp_path_factory: Any) -> None:
@@ -226,15 +227,15 @@ def test_a_scaled_context_is_as_long_as_the_scaling_makes_it(kind: str, director
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_weights_are_computed_with_in_float32(dtype: torch.dtype, directory: Path) -> None:
-    theirs = random(PLAIN).to(dtype)
-    theirs.save_pretrained(directory)
+    random(PLAIN).to(dtype).save_pretrained(directory)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
     assert str(dtype).endswith(json.loads((directory / "config.json").read_text())["dtype"])
     llm = vargpt.load(directory).llm
     assert llm is not None
     x = ids(2, 9)
     ours = llm.logits(llm(llm.embed(x)))
     assert ours.dtype == torch.float32
-    close(ours, theirs.float()(x).logits)
+    close(ours, theirs(x).logits)
 
 
 def test_shards(tmp_path: Path) -> None:

@@ -1,131 +1,161 @@
-"""LLaVA-1.5 and CLIP checkpoints as transformers saves them, read by ``vargpt.load``."""
+"""LLaVA-1.5 checkpoints, opened by ``vargpt.load``, against transformers' own."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import vargpt
+from tests.models import close, numbers
+from vargpt import generate
 from vargpt.convert import convert
 from vargpt.model import VARGPT
 
 transformers = pytest.importorskip("transformers")
 
-TOLERANCE = 1e-4
-IMAGE = 30
+IMAGE, VOCABULARY, PATCHES = 30, 32, 16
 
 
-def llava(layer: int = -2, strategy: str = "default", activation: str = "quick_gelu") -> Any:
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def random(tie: bool = False, family: str = "llama", **fields: Any) -> Any:
+    """Their model; weights of a size at which every path matters."""
     torch.manual_seed(0)
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=12,
-            patch_size=4,
-            hidden_act=activation,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=40,
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        ),
-        image_token_index=IMAGE,
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=strategy,
-        image_seq_length=9 if strategy == "default" else 10,
-        attn_implementation="eager",
+    text = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family](
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tie,
+        pad_token_id=0,
     )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
+    )
+    config = transformers.LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE,
+        tie_word_embeddings=tie,
+        attn_implementation="eager",
+        **fields,
+    )
+    theirs = transformers.LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else noise / parameter.shape[-1] ** 0.5)
-    return model
+        for parameter in theirs.parameters():
+            scale = 0.3 if parameter.dim() < 2 else parameter[0].numel() ** -0.5
+            parameter.add_(scale * torch.randn_like(parameter))
+    return theirs
 
 
-def agree(ours: VARGPT, theirs: Any, patches: int) -> None:
-    ids = torch.tensor([[1, 5, *[IMAGE] * patches, 7, 9], [1, *[IMAGE] * patches, 3, 8, 11]])
-    pixels = torch.randn(2, 3, 12, 12)
-    with torch.no_grad():
-        expected = theirs(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
-        logits = ours(ids, pixel_values=pixels).text_logits
-    assert float((logits - expected).abs().max()) < TOLERANCE
+def prompt(pictures: int, patches: int = PATCHES) -> Tensor:
+    words = torch.randint(3, IMAGE, (1, 3), generator=torch.Generator().manual_seed(1))
+    return torch.cat([words, *[torch.full((1, patches), IMAGE), words] * pictures], dim=1)
 
 
-@pytest.mark.parametrize(("layer", "strategy"), [(-2, "default"), (-1, "default"), (-2, "full"), (-3, "default")])
-def test_a_llava_understands_as_the_original_does(tmp_path: Path, layer: int, strategy: str) -> None:
-    theirs = llava(layer, strategy)
-    theirs.save_pretrained(tmp_path)
-    ours = vargpt.load(tmp_path)
-    agree(ours, theirs, 9 if strategy == "default" else 10)
-    with pytest.raises(ValueError, match="this model has no"):
-        vargpt.draw(ours, ["a cat"])
+@torch.no_grad()
+def assert_same(model: VARGPT, theirs: Any, patches: int = PATCHES, pictures: int = 2) -> None:
+    ids, pixels = prompt(pictures, patches), numbers(pictures, 3, 28, 28)
+    expected = theirs(
+        input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), output_hidden_states=True
+    )
+    ours = model(ids, pixel_values=pixels)
+    close(ours.hidden, expected.hidden_states[-1])
+    close(ours.text_logits, expected.logits)
 
 
-def test_both_generations_of_names_are_read(tmp_path: Path) -> None:
-    """The hub's llava-1.5 has the names of the library's first releases; later ones nest them otherwise."""
-    theirs = llava(activation="gelu")
-    theirs.save_pretrained(tmp_path / "saved")
-    saved = load_file(tmp_path / "saved" / "model.safetensors")
-    older = {
-        "model.language_model.": "language_model.model.",
-        "model.vision_tower.": "vision_tower.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "lm_head.": "language_model.lm_head.",
-    }
-    newer = {new: old for old, new in older.items()}
-
-    def renamed(names: dict[str, str]) -> dict[str, torch.Tensor]:
-        found = {}
-        for name, tensor in saved.items():
-            start = next((s for s in names if name.startswith(s)), None)
-            found[name if start is None else names[start] + name.removeprefix(start)] = tensor
-        return found
-
-    for place, tensors in (("older", renamed(older)), ("newer", renamed(newer))):
-        folder = tmp_path / place
-        folder.mkdir()
-        save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_bytes((tmp_path / "saved" / "config.json").read_bytes())
-        agree(vargpt.load(folder), theirs, 9)
-
-
-def test_a_converted_llava_is_the_same(tmp_path: Path) -> None:
-    theirs = llava()
+@pytest.mark.parametrize(("strategy", "patches"), [("default", PATCHES), ("full", PATCHES + 1)])
+@pytest.mark.parametrize("layer", [-2, -1])
+def test_logits_with_pictures(strategy: str, patches: int, layer: int, tmp_path: Path) -> None:
+    theirs = random(vision_feature_select_strategy=strategy, vision_feature_layer=layer)
     theirs.save_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["format"] == "vargpt"
-    agree(vargpt.load(tmp_path / "ours"), theirs, 9)
+    for directory in ("theirs", "ours"):
+        assert_same(vargpt.load(tmp_path / directory), theirs, patches)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_vision_half_of_a_clip(tmp_path: Path, whole: bool) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    torch.manual_seed(1)
-    if whole:
-        vision = {**sizes, "image_size": 12, "patch_size": 4}
-        config = transformers.CLIPConfig(text_config={**sizes, "vocab_size": 20}, vision_config=vision)
-        model = transformers.CLIPModel(config).eval()
-        tower = model.vision_model
-    else:
-        config = transformers.CLIPVisionConfig(**sizes, image_size=12, patch_size=4)
-        model = tower = transformers.CLIPVisionModel(config).eval()
-    model.save_pretrained(tmp_path)
-    pixels = torch.randn(2, 3, 12, 12)
-    vision_encoder = vargpt.load(tmp_path).vision
-    assert vision_encoder is not None
+def test_logits_without_a_picture(tmp_path: Path) -> None:
+    theirs = random()
+    theirs.save_pretrained(tmp_path)
+    ids = prompt(0)
     with torch.no_grad():
-        expected = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        assert float((vision_encoder(pixels) - expected).abs().max()) < TOLERANCE
+        close(vargpt.load(tmp_path)(ids).text_logits, theirs(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("tie", "family"), [(True, "llama"), (False, "qwen2"), (True, "qwen2")])
+def test_other_language_models(tie: bool, family: str, tmp_path: Path) -> None:
+    theirs = random(tie, family)
+    theirs.save_pretrained(tmp_path)
+    model = vargpt.load(tmp_path)
+    assert model.config.llm.tie_embeddings is tie
+    assert_same(model, theirs)
+
+
+@torch.no_grad()
+def test_greedy_answer(tmp_path: Path) -> None:
+    theirs = random()
+    theirs.save_pretrained(tmp_path)
+    model = vargpt.load(tmp_path)
+    assert model.llm is not None
+    ids, pixels = prompt(1), numbers(1, 3, 28, 28)
+    greedy = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = theirs.generate(
+        input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), generation_config=greedy
+    )
+    context = generate.Context(model.llm, 1, ids.shape[1] + 12, torch.device("cpu"))
+    hidden = context.extend(model.prompt_embeddings(ids, pixels))
+    (row,) = generate.generate_text(model, context, hidden, max_new_tokens=12, stop=())
+    assert row.ids == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["hub", "4.52", "in memory"])
+def test_names_of_other_releases(kind: str, tmp_path: Path) -> None:
+    """The hub's checkpoints have the classic names; later releases moved every part below ``model.``."""
+    theirs = random()
+    theirs.save_pretrained(tmp_path)
+    classic = load_file(tmp_path / "model.safetensors")
+    if kind == "in memory":
+        renamed = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+        assert "model.language_model.norm.weight" in renamed
+    else:
+        renamed = {
+            name.replace("vision_tower.", "vision_tower.vision_model.")
+            if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model.")
+            else name: tensor
+            for name, tensor in classic.items()
+        }
+        assert "language_model.model.norm.weight" in renamed
+        assert "vision_tower.vision_model.pre_layrnorm.weight" in renamed
+    if kind == "4.52":
+        parts = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+        parts |= {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
+        renamed = {
+            next(new + name.removeprefix(old) for old, new in parts.items() if name.startswith(old)): tensor
+            for name, tensor in renamed.items()
+        }
+    save_file(renamed, tmp_path / "model.safetensors")
+    assert_same(vargpt.load(tmp_path), theirs)
+
+
+def test_pad_and_image_tokens_are_read(tmp_path: Path) -> None:
+    theirs = random(pad_token_id=31)
+    theirs.save_pretrained(tmp_path)
+    tokens = vargpt.load(tmp_path).tokens
+    assert (tokens.image, tokens.pad, tokens.gen_start) == (IMAGE, 31, -1)
