@@ -121,7 +121,7 @@ def test_all_ways_to_a_picture_agree(sizes: Sizes) -> None:
     quantized = vqvae.quantizer(vqvae.latent(images))
     assert all(torch.equal(a, b) for a, b in zip(quantized.indices, maps.indices, strict=True))
     close(quantized.f_hat, maps.f_hat, 1e-5)
-    close(vqvae(images).images.clamp(-1, 1), vqvae.decode(maps.indices), 1e-5)
+    close(vqvae(images).images.clamp(-1, 1), vqvae.decode_latent(quantized.f_hat), 1e-5)
     f_hat = None
     for scale, indices in enumerate(maps.indices):  # the pictures seen while drawing
         f_hat = vqvae.add_scale(scale, indices, f_hat)
@@ -156,27 +156,19 @@ def test_training_losses_are_their_definition(sizes: Sizes) -> None:
     close(out.l2, (out.images - images).square().mean(), 1e-6)
     close(out.loss, out.l1 + out.l2 + vq + 0.3 * commitment, 1e-5)
 
-    # The vq loss moves codes and phi, the commitment the encoder; neither moves the other's.
-    codes = [p for name, p in vqvae.quantizer.named_parameters() if p.requires_grad]
-    encoder = [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()]
-    for ours, expected in zip(
-        torch.autograd.grad(out.vq_loss, codes, allow_unused=True, retain_graph=True),
-        torch.autograd.grad(vq, codes, allow_unused=True),
-        strict=True,
+    # The vq loss moves codes and phi, the commitment the latent; neither moves the other's.
+    quantized, codes = vqvae.quantizer(f), list(vqvae.quantizer.parameters())
+    for ours, theirs, moved, still in (
+        (quantized.vq_loss, vq, codes, [f]),
+        (quantized.commitment_loss, commitment, [f], codes),
     ):
-        assert (ours is None) == (expected is None)
-        if ours is not None and expected is not None:
-            close(ours, expected, 1e-5 * max(1.0, float(expected.abs().max())))
-    for ours, expected in zip(
-        torch.autograd.grad(out.commitment_loss, encoder, retain_graph=True),
-        torch.autograd.grad(commitment, encoder),
-        strict=True,
-    ):
-        close(ours, expected, 1e-5 * max(1.0, float(expected.abs().max())))
-    reached = torch.autograd.grad(out.vq_loss, encoder, allow_unused=True, retain_graph=True)
-    assert all(gradient is None for gradient in reached)
-    reached = torch.autograd.grad(out.commitment_loss, codes, allow_unused=True, retain_graph=True)
-    assert all(gradient is None for gradient in reached)
+        gradients = (torch.autograd.grad(loss, moved, allow_unused=True, retain_graph=True) for loss in (ours, theirs))
+        for gradient, expected in zip(*gradients, strict=True):
+            assert (gradient is None) == (expected is None)
+            if expected is not None:
+                close(gradient, expected, 1e-5 * max(1.0, float(expected.abs().max())))
+        reached = torch.autograd.grad(ours, still, allow_unused=True, retain_graph=True)
+        assert all(gradient is None for gradient in reached)
 
 
 @given(schedules, seeds)
