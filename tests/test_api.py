@@ -14,8 +14,12 @@ from vargpt.build import build
 from vargpt.config import NANO
 from vargpt.model import VARGPT
 from vargpt.next_scale import ScaleStep
+from vargpt.scales import ScaleSchedule
 from vargpt.text import ByteTokenizer
 
+assert NANO.var is not None
+SCHEDULE = ScaleSchedule(NANO.var.patch_nums)
+SCALES, DRAWN = list(range(len(SCHEDULE))), SCHEDULE.total
 TOKENS = {"<image>": 635, "<pad>": 636, "<image_gen_start>": 637, "<image_gen_end>": 638, "<image_gen_pad>": 639}
 
 
@@ -57,7 +61,7 @@ def test_a_picture_depends_on_its_own_prompt_and_seed_alone(model: VARGPT) -> No
 def test_every_step_can_be_watched(model: VARGPT) -> None:
     steps: list[ScaleStep] = []
     out = vargpt.draw(model, ["a cat"], on_scale=steps.append)
-    assert [step.scale for step in steps] == [0, 1, 2]
+    assert [step.scale for step in steps] == SCALES
     assert torch.equal(steps[-1].indices, out.indices[-1])
     assert steps[0].images().shape == (1, 3, 32, 32)
 
@@ -115,10 +119,10 @@ def test_a_conversation_is_one_row_of_text_and_pictures(model: VARGPT, cat: Imag
     ids, understood, drawn = encode_messages(model, messages)
     assert (len(understood), len(drawn)) == (1, 1)
     assert ids.count(635) == 16
-    assert ids.count(639) == 21
+    assert ids.count(639) == DRAWN
     start = ids.index(637)
-    assert ids[start + 1 : start + 22] == [639] * 21
-    assert ids[start + 22] == 638
+    assert ids[start + 1 : start + 1 + DRAWN] == [639] * DRAWN
+    assert ids[start + 1 + DRAWN] == 638
     reply = vargpt.chat(model, messages, max_new_tokens=5)
     assert reply[:5] == messages
     assert reply[5]["role"] == "assistant"
@@ -148,7 +152,7 @@ def test_a_reply_draws_where_the_model_starts_to(eager: VARGPT) -> None:
     reply = vargpt.chat(eager, question, max_pictures=2, seed=3, on_scale=lambda step: steps.append(step.scale))
     content = reply[-1]["content"]
     assert [type(part).__name__ for part in content] == ["Image", "Image"]
-    assert steps == [0, 1, 2, 0, 1, 2]
+    assert steps == SCALES * 2
     assert not np.array_equal(pixels(content[0]), pixels(content[1]))
     # The drawn pictures are part of the conversation that goes on.
     again = vargpt.chat(eager, [*reply, {"role": "user", "content": "More"}], max_pictures=1)

@@ -119,9 +119,9 @@ def _small(
 
 NANO = _small(
     VqvaeConfig(
-        patch_nums=(1, 2, 4),
-        vocab_size=256,
-        latent_channels=8,
+        patch_nums=(1, 2, 3, 4),
+        vocab_size=512,
+        latent_channels=16,
         channels=32,
         channel_multipliers=(1, 1, 2, 2),
         res_blocks=1,
