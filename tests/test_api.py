@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import skimage.data
@@ -76,7 +78,8 @@ def test_every_step_can_be_watched(model: VARGPT) -> None:
         ({"prompts": ["a cat"], "n": 0}, "nothing to draw"),
         ({"prompts": ["a cat"], "cfg": -1.0}, "cfg must be 0"),
         ({"prompts": ["a cat"], "top_p": 0.0}, "top_p must lie"),
-        ({"prompts": ["<image>"]}, "do not match"),
+        ({"prompts": ["<image>"]}, "must not contain <image>"),
+        ({"prompts": ["a cat"], "null": "nothing"}, "null must be"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -106,6 +109,15 @@ def test_bad_questions(model: VARGPT, cat: Image.Image) -> None:
         vargpt.ask(model, cat, "What?", top_p=5.0)
     with pytest.raises(ValueError, match="exceed the model's context of 1024"):
         vargpt.ask(model, cat, "What?", 1020)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        vargpt.ask(model, cat, "What?", 0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_path_is_not_a_picture(model: VARGPT) -> None:
+    path: Any = "cat.png"
+    with pytest.raises(ValueError, match="image must be a PIL picture"):
+        vargpt.ask(model, path, "What?")
 
 
 def test_a_conversation_is_one_row_of_text_and_pictures(model: VARGPT, cat: Image.Image) -> None:

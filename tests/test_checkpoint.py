@@ -275,3 +275,13 @@ def test_reading_a_checkpoint_of_parts(tmp_path: Path) -> None:
     assert tensors.specs.keys() == model.state_dict().keys()
     assert vargpt.load(tmp_path).llm is None
     assert vargpt.load(tmp_path).tokenizer is None
+
+
+def test_a_model_is_saved_with_the_tokenizer_it_was_loaded_with(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="not trained yet"):
+        model = vargpt.load("tiny")
+    vargpt.save(model, tmp_path)
+    loaded = vargpt.load(tmp_path)
+    assert model.tokenizer is not None
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.encode("a red circle") == model.tokenizer.encode("a red circle")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -103,12 +104,14 @@ def test_every_unconditional_branch_draws(
 def test_a_conversation_survives_a_mistyped_picture(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, converted: Path, photo: Path, tmp_path: Path
 ) -> None:
-    lines = iter(["/image nowhere.png", f"/image {photo}", "What is this?", "And now?", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    lines = ["/image nowhere.png", f"/image {photo}", "What is this?", "x" * 3000, "And now?", ""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     code, out, err = run(capsys, "chat", "--model", converted, "--output-dir", tmp_path, "--max-new-tokens", 6)
     assert code == 0
     assert out.count("\n") >= 2
     assert err.count("error: not a picture: nowhere.png") == 1
+    assert err.count("error: the prompt is too long") == 1
+    assert err.count("text is read and written as bytes") == 1
 
 
 def test_the_embedded_model_says_that_it_is_not_trained(tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_info_counts_every_part(capsys: pytest.CaptureFixture[str], converted: P
         (("--top-k", "-1"), "top_k must be 0 (all) or more, not -1"),
         (("--temperature", "-1"), "temperature must be 0 (greedy) or more, not -1.0"),
         (("--cfg", "-1"), "cfg must be 0 (off) or more, not -1.0"),
-        (("--n", "0"), "there is nothing to draw: 1 prompts, 0 pictures each"),
+        (("--n", "0"), "--n must be at least 1, not 0"),
         (("--seed", "x"), "argument --seed: invalid int value: 'x'"),
         (("--null", "nothing"), "argument --null: invalid choice: 'nothing'"),
         (("--device", "gpu9"), "device 'gpu9' cannot be used here"),
@@ -147,6 +150,13 @@ def test_info_counts_every_part(capsys: pytest.CaptureFixture[str], converted: P
         (("-o", "nowhere/out.png"), "cannot write nowhere/out.png (no directory nowhere)"),
         (("-o", "out.txt"), "cannot write out.txt (unknown suffix '.txt')"),
         (("--patch-nums", "1,b"), "--patch-nums must be numbers with commas"),
+        (("--patch-nums", "1,2"), "leave patch_nums out"),
+        (("--seed", str(2**70)), "seed must lie between"),
+        (("--device", "meta"), "device 'meta' cannot be used here"),
+        (("--model", ""), "the model's name is empty"),
+        (("--steps-dir", ""), "--steps-dir is empty"),
+        (("--model", "m" * 300), "File name too long"),
+        (("-o", "y" * 300 + ".png"), "File name too long"),
     ],
 )
 def test_options_out_of_range(
@@ -168,7 +178,7 @@ def test_prompts_that_cannot_be_read(capsys: pytest.CaptureFixture[str], convert
     message = refused(capsys, "draw", endless, "--model", converted, "-o", output)
     assert "the prompt is too long" in message
     assert "exceed the model's context of 2048" in message
-    assert "do not match" in refused(capsys, "draw", "<image>", "-o", output)
+    assert "must not contain <image>" in refused(capsys, "draw", "<image>", "-o", output)
     assert not output.exists()
 
 

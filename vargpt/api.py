@@ -69,7 +69,8 @@ def draw(
 ) -> DrawOutput:
     """Draw ``n`` pictures for each prompt.
 
-    The same arguments give the same pictures, and a picture does not depend on what is drawn beside it.
+    The same arguments give the same pictures, and, up to rounding, a picture does not depend on what is
+    drawn beside it.
 
     Args:
         prompts: what to say to the model, as a user would.
@@ -123,9 +124,12 @@ def ask(
     Raises:
         ValueError: an empty question, one too long for the model, or a setting out of range.
     """
-    content: list[Part] = [question] if image is None else [image, question]
+    if image is not None and not isinstance(image, Image):
+        raise ValueError(f"image must be a PIL picture (see vargpt.images.load_image), not {image!r}")
     if not question.strip():
         raise ValueError("the question is empty: ask something")
+    _check_length(max_new_tokens)
+    content: list[Part] = [question] if image is None else [image, question]
     ids, pictures, _ = encode_messages(model, [ChatMessage(role="user", content=content)])
     context, hidden = read_rows(model, [ids], room=max_new_tokens, pictures=pictures)
     stream = _Stream(model, on_text)
@@ -172,6 +176,9 @@ def chat(
     Raises:
         ValueError: roles that do not alternate, an empty message, or a conversation too long for the model.
     """
+    _check_length(max_new_tokens)
+    if max_pictures < 0:
+        raise ValueError(f"max_pictures must be 0 or more, not {max_pictures}")
     ids, pictures, drawn = encode_messages(model, messages)
     t, drawing = model.tokens, _Drawing(null, Guidance(scale=cfg), Sampling(top_k=900, top_p=0.96))
     # A drawing takes its image tokens and the start and end tokens. None of them may overflow the context.
@@ -240,6 +247,16 @@ class _Stream:
             self._on_text(text)
 
 
+def _check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+
+
+def _placeholders(model: VARGPT) -> list[int]:
+    t = model.tokens
+    return [i for i in (t.image, t.gen_start, t.gen_end, t.gen_pad) if i >= 0]
+
+
 def _no_text(model: VARGPT, but: int | None = None) -> list[int]:
     """Special tokens that no reply is made of."""
     t = model.tokens
@@ -264,6 +281,8 @@ def encode_messages(
         text = ""
         for part in parts:
             if isinstance(part, str):
+                if named := [tokenizer.names[i] for i in _placeholders(model) if tokenizer.names.get(i, " ") in part]:
+                    raise ValueError(f"a text must not contain {named[0]}: give pictures as pictures")
                 text += part
             elif isinstance(part, Image):
                 (drawn if role == "assistant" else understood).append(part)

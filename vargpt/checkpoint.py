@@ -62,7 +62,6 @@ def load(
     tokenizer = read_tokenizer(directory, config)
     if tensors is None:
         seed = read_json(directory / "config.json")["random_seed"]
-        warnings.warn(f"the embedded model {directory.name!r} is not trained yet: its weights are random", stacklevel=2)
         return build(config, seed=seed, tokenizer=tokenizer).to(device, dtype).eval()
     with torch.device("meta"):
         model = build(config, tokenizer=tokenizer)
@@ -79,7 +78,10 @@ def read(directory: Path, patch_nums: tuple[int, ...] | None = None) -> tuple[Va
     layout = published_layout(directory)
     if layout == "var":
         raise ValueError(f"{directory} offers pickled weights: run `vargpt convert {directory} DST` and load DST")
+    if layout == "ours" and patch_nums is not None:
+        raise ValueError(f"{directory} is in our layout, whose config.json tells the scales: leave patch_nums out")
     if layout == "ours" and "random_seed" in read_json(directory / "config.json"):
+        warnings.warn(f"the embedded model {directory.name!r} is not trained yet: its weights are random", stacklevel=3)
         return read_config(directory), None
     published = open_published(directory, patch_nums)
     return published.config, published.source
@@ -93,6 +95,8 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     """
     if str(source) in embedded_models():
         return ASSETS / str(source)
+    if not str(source):
+        raise ValueError("the model's name is empty: give one, a directory or a hub id")
     if Path(source).is_dir():
         return Path(source)
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not Path(source).exists():
@@ -154,7 +158,7 @@ def save(model: VARGPT, directory: str | Path, *, tokenizer_from: str | Path | N
     """Write a model in our layout.
 
     Args:
-        tokenizer_from: a directory whose tokenizer files go with it.
+        tokenizer_from: a directory whose tokenizer files go with it; by default that of the model's own tokenizer.
 
     Raises:
         ValueError: a model whose parts no configuration describes, or a directory that cannot be written.
@@ -168,7 +172,9 @@ def save(model: VARGPT, directory: str | Path, *, tokenizer_from: str | Path | N
     except OSError as error:
         raise ValueError(f"cannot write {directory} ({error.strerror})") from None
     write_safetensors(directory, MemorySource(state))
-    if tokenizer_from is not None:
+    if tokenizer_from is None and isinstance(model.tokenizer, SentencePieceTokenizer):
+        tokenizer_from = model.tokenizer.directory
+    if tokenizer_from is not None and Path(tokenizer_from).resolve() != directory.resolve():
         copy_tokenizer(Path(tokenizer_from), directory)
     write_json(directory / "config.json", describe(model.config))
 

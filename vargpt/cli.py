@@ -6,6 +6,7 @@ Commands import what they need when they run, so that help and mistakes answer a
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -28,6 +29,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer is not lost on a terminal that lacks a character
     try:
         options = _parser().parse_args(arguments)
         with warnings.catch_warnings():
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return MISTAKE
+    except OSError as error:
+        return _fail(f"{error.filename or 'output'}: {error.strerror or error}")
 
 
 def _fail(message: str) -> int:
@@ -131,13 +136,14 @@ def _load(options: argparse.Namespace) -> VARGPT:
     import torch
 
     from vargpt.checkpoint import load
+    from vargpt.text import ByteTokenizer
 
     try:
         device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {options.device!r} cannot be used here ({str(error).splitlines()[0]})") from None
-    return load(
+    model = load(
         options.model,
         device,
         getattr(torch, options.dtype),
@@ -145,6 +151,9 @@ def _load(options: argparse.Namespace) -> VARGPT:
         choices=options.choices,
         revision=options.revision,
     )
+    if isinstance(model.tokenizer, ByteTokenizer):
+        print("note: the model has no tokenizer.model, so text is read and written as bytes", file=sys.stderr)
+    return model
 
 
 def _draw(options: argparse.Namespace) -> int:
@@ -152,14 +161,22 @@ def _draw(options: argparse.Namespace) -> int:
 
     from vargpt.api import draw
     from vargpt.images import check_writable, save_image, to_pil
+    from vargpt.sampling import Guidance, Sampling
 
     if not options.prompt.strip():
         raise ValueError("the prompt is empty: say what to draw")
+    if options.n < 1:
+        raise ValueError(f"--n must be at least 1, not {options.n}")
+    # Settings are checked before a model is loaded, which may take minutes.
+    Guidance(scale=options.cfg)
+    Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     output = Path(options.output)
     names = [output] if options.n == 1 else [output.with_stem(f"{output.stem}-{i + 1}") for i in range(options.n)]
     for name in names:
         check_writable(name)
     steps = None if options.steps_dir is None else Path(options.steps_dir)
+    if options.steps_dir == "":
+        raise ValueError("--steps-dir is empty: name a directory")
     if steps is not None:
         try:
             steps.mkdir(parents=True, exist_ok=True)
@@ -199,8 +216,12 @@ def _ask(options: argparse.Namespace) -> int:
 
     from vargpt.api import ask
     from vargpt.images import load_image
+    from vargpt.sampling import Sampling
 
     image = load_image(options.image)
+    if not options.question.strip():
+        raise ValueError("the question is empty: ask something")
+    Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     model = _load(options)
     with tqdm(desc="answering", unit="piece", leave=False, file=sys.stderr) as bar:
 
@@ -240,18 +261,21 @@ def _chat(options: argparse.Namespace) -> int:
             except ValueError as error:  # a conversation survives a mistyped name
                 _fail(str(error))
             continue
-        messages.append({"role": "user", "content": [*pictures, line]})
+        try:
+            messages = chat(
+                model,
+                [*messages, {"role": "user", "content": [*pictures, line]}],
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+                cfg=options.cfg,
+                null=options.null,
+                on_text=lambda text: print(text, end="", flush=True),
+            )
+        except ValueError as error:  # so does it survive what the model cannot read
+            _fail(str(error))
+            continue
         pictures = []
-        messages = chat(
-            model,
-            messages,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            cfg=options.cfg,
-            null=options.null,
-            on_text=lambda text: print(text, end="", flush=True),
-        )
         print()
         for part in messages[-1]["content"]:
             if not isinstance(part, str):
@@ -262,24 +286,28 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _input() -> str:
+    if sys.stdin is None or not sys.stdin.isatty():
+        return "" if sys.stdin is None else sys.stdin.readline().strip()
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return input("> ").strip()
     except EOFError:
         return ""
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from vargpt.checkpoint import find
     from vargpt.convert import convert
 
-    convert(Path(options.source), Path(options.destination), patch_nums=_scales(options.patch_nums))
+    convert(find(options.source), Path(options.destination), patch_nums=_scales(options.patch_nums))
     print(options.destination)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from vargpt.checkpoint import find
     from vargpt.verify import verify
 
-    rows = verify(Path(options.checkpoint), Path(options.golden), _scales(options.patch_nums))
+    rows = verify(find(options.checkpoint), Path(options.golden), _scales(options.patch_nums))
     width = max(len(row.name) for row in rows)
     for row in rows:
         print(f"{row.name:<{width}}  {row.error:9.2e}  {row.tolerance:9.2e}  {'ok' if row.ok else 'FAILED'}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vargpt.choices import ABSENT, FIXED, PUBLISHED, Choices, TokenIds
 from vargpt.llm.config import LlamaConfig
+from vargpt.text import TEMPLATES
 from vargpt.var.config import VarConfig
 from vargpt.vision.config import OpenClipConfig, TimmConfig
 from vargpt.vqvae.config import VqvaeConfig
@@ -39,6 +40,9 @@ class VargptConfig:
     choices: Choices = FIXED
 
     def __post_init__(self) -> None:
+        for template in (self.choices.training_template, self.choices.inference_template):
+            if template not in TEMPLATES:
+                raise ValueError(f"unknown chat template {template!r}: choose one of {', '.join(TEMPLATES)}")
         if self.projector and not (self.llm and self.vision):
             raise ValueError("a projector needs a language model and a vision encoder to join")
         if (self.gen_in is None) != (self.gen_out is None):

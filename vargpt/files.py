@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,7 +35,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         ValueError: one line that says why the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(_temporary_name())
     try:
         with temporary.open("wb") as file:
             yield file
@@ -44,6 +45,29 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     finally:  # also after KeyboardInterrupt
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Write a directory's files into a temporary one beside it, which takes its place only when all are written.
+
+    Raises:
+        ValueError: one line that says why the directory, new or empty, cannot be written.
+    """
+    temporary = path.absolute().with_name(_temporary_name())
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror or error})") from None
+    finally:  # also after KeyboardInterrupt
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_name() -> str:
+    """A short one: a name that is as long as the file system allows must not become longer."""
+    return f".{secrets.token_hex(4)}.tmp"
 
 
 def write_json(path: Path, content: object) -> None:

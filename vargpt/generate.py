@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -148,6 +149,8 @@ def draw(
     var, gen_in = require(model.var, "visual decoder"), require(model.gen_in, "generation projector")
     vqvae, gen_out = require(model.vqvae, "image tokenizer"), require(model.gen_out, "generation projector")
     null = model.choices.null if null is None else null
+    if null not in get_args(NullBranch):
+        raise ValueError(f"null must be 'noise', 'class' or 'prompt', not {null!r}")
     guided, batch = guidance.scale > 0, context.batch
     unconditional = None
     if guided and null == "class":

@@ -126,7 +126,7 @@ class VARGPT(nn.Module):
         pixel_values: Float[Tensor, "I 3 height width"] | None = None,
         draw_images: Float[Tensor, "G 3 side side"] | Sequence[Int[Tensor, "G _"]] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
-        attention_mask: Bool[Tensor, "B T"] | None = None,
+        attention_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None,
         *,
         drop_condition: Bool[Tensor, " G"] | None = None,
     ) -> VargptOutput:
@@ -137,13 +137,14 @@ class VARGPT(nn.Module):
             pixel_values: the I pictures to understand, in the order of their placeholders.
             draw_images: the G drawings in the order of their placeholders: pictures in [-1, 1], or their index maps.
             labels: the token numbers to learn, -100 elsewhere. Drawings' placeholders are never text to learn.
-            attention_mask: false at padding.
+            attention_mask: false (or 0) at padding.
             drop_condition: drawings that learn from the "no condition" class (one in ten, in the published training).
 
         Raises:
             ValueError: placeholders and pictures do not match in number, or a part is missing.
         """
         llm = require(self.llm, "language model")
+        attention_mask = None if attention_mask is None else attention_mask.bool()
         places = input_ids == self.tokens.gen_pad
         indices, condition, drawings = (), None, None
         if draw_images is not None:

@@ -60,6 +60,9 @@ class Guidance:
 
 def generators(seeds: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
     """One generator per row, so that a row's draw depends on its own seed and not on its neighbours."""
+    for seed in seeds:
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must lie between -2^63 and 2^64 - 1, not {seed}")
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 

@@ -111,7 +111,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(f"no sentencepiece model in {model}: copy the original tokenizer.model there") from error
         # Protobuf merges a field that comes again into the first: normalizer_spec (3) { add_dummy_prefix (3): false }.
         self._later = sp if legacy else _processor(proto + b"\x1a\x02\x18\x00")
-        self.legacy = legacy
+        self.legacy, self.directory = legacy, Path(model).parent
 
         ids = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
         special = {name: i for name, i in ids.items() if sp.is_control(i) or sp.is_unknown(i)}

@@ -511,8 +511,8 @@ def test_a_full_disk_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(ValueError, match=r"cannot write .*model\.safetensors \(No space left on device\)"):
-        convert(source, tmp_path / "ours")
-    assert list((tmp_path / "ours").iterdir()) == []
+        convert(source, tmp_path / "place" / "ours")
+    assert list((tmp_path / "place").iterdir()) == []
 
 
 # Ours

@@ -20,7 +20,7 @@ from vargpt.convert import published_config
 from vargpt.convert.check import check_published, check_tensors, naming, published_tensors
 from vargpt.convert.rules import Table, ToOurs, ToTheirs
 from vargpt.convert.tables import CLIP_HF, LLAMA_HF, LLAVA_HF, VAR_PAIR, VARGPT_HF
-from vargpt.files import atomic_file, read_json, write_json
+from vargpt.files import atomic_directory, atomic_file, read_json, write_json
 from vargpt.tensorfiles import (
     MAX_SHARD_BYTES,
     CompletedSource,
@@ -30,7 +30,13 @@ from vargpt.tensorfiles import (
     write_safetensors,
 )
 
-TOKENIZER_FILES = ("tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def convert(
 ) -> VargptConfig:
     """Write a published checkpoint in our layout, or one of ours in the published VARGPT layout.
 
-    One tensor is in memory at a time. ``config.json`` is written last: a directory without it is unfinished.
+    One tensor is in memory at a time. All is written beside the destination, which appears only when it is complete.
 
     Raises:
         ValueError: see :func:`open_published`; or the destination holds other files or cannot be written.
@@ -182,13 +188,10 @@ def convert(
         tensors, described = to_published(config, tensors)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists and is not an empty directory: choose another destination")
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {destination} ({error.strerror})") from None
-    write_safetensors(destination, tensors, max_shard_bytes)
-    copy_tokenizer(source, destination)
-    write_json(destination / "config.json", described)
+    with atomic_directory(destination) as folder:
+        write_safetensors(folder, tensors, max_shard_bytes)
+        copy_tokenizer(source, folder)
+        write_json(folder / "config.json", described)
     return config
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -136,7 +137,7 @@ def llava(config: Mapping[str, Any], source: TensorSource) -> VargptConfig:
         vision=_clip(vision.or_defaults(_CLIP if vision else _CLIP_OF_LLAVA), layer, keep_cls=strategy == "full"),
         projector=ProjectorConfig(hidden=llm.width),
         tokens=_token_ids(get, text, image=32000),
-        choices=FIXED,
+        choices=replace(FIXED, training_template="llava", inference_template="llava"),
     )
 
 

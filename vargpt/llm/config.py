@@ -13,6 +13,9 @@ class RopeScaling:
     ``linear`` divides every frequency by ``factor`` (position interpolation); ``dynamic`` raises the base once a
     row is longer than ``original_positions`` (NTK-aware); ``llama3`` divides the low frequencies, keeps the high
     ones and blends between (Llama 3.1).
+
+    With ``dynamic`` alone, a token's rotation depends on the longest row it is read with. Beyond the trained positions
+    cached and batched results therefore differ from uncached and single ones, here as in the published library.
     """
 
     kind: Literal["linear", "dynamic", "llama3"]

@@ -113,7 +113,7 @@ class NextScaleTransformer(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """VAR's initialisation: gates near zero, so that every block starts as the identity."""
+        """VAR's initialisation: the blocks' own gates near zero (a shared modulation is not scaled)."""
         width, std = self.config.width, (1 / self.config.width / 3) ** 0.5
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
