@@ -181,7 +181,8 @@ def test_greedy_generation(sizes: dict[str, Any], seed: int, tmp_path_factory: A
     both = Opened(sizes, seed, tmp_path_factory.mktemp("theirs"))
     new = both.longest() - 7
     x = ids(1, 5, seed=seed)
-    greedy = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    greedy = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0)
+    both.theirs.generation_config.eos_token_id = None
     expected = both.theirs.generate(x, generation_config=greedy, attention_mask=torch.ones_like(x))[0, 5:]
     context = generate.Context(both.llm, 1, 5 + new, torch.device("cpu"))
     hidden = context.extend_tokens(x)

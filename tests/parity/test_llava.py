@@ -114,7 +114,8 @@ def test_greedy_answer(tmp_path: Path) -> None:
     model = vargpt.load(tmp_path)
     assert model.llm is not None
     ids, pixels = prompt(1), numbers(1, 3, 28, 28)
-    greedy = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    greedy = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    theirs.generation_config.eos_token_id = None
     expected = theirs.generate(
         input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), generation_config=greedy
     )

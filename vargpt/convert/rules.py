@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,24 +88,33 @@ class Table:
         return name
 
     def ignores(self, name: str) -> bool:
-        return any(_match(ignored.theirs, name) is not None for ignored in self.ignored)
+        return any(pattern.fullmatch(name) for pattern in self._ignored)
 
     def rule_for(self, name: str) -> tuple[Rule, int, str] | None:
         """The rule of a published name, which of its sources the name is, and our name."""
-        for rule in self.rules:
-            for number, source in enumerate(rule.sources):
-                marks = _match(source, name)
-                if marks is not None:
-                    return rule, number, rule.ours.format(**marks)
+        for rule, number, pattern in self._theirs:
+            if match := pattern.fullmatch(name):
+                return rule, number, rule.ours.format(**match.groupdict())
         return None
 
     def rule_of_ours(self, ours: str) -> tuple[Rule, list[str]] | None:
         """The rule of one of our names, and the published names that belong to it."""
-        for rule in self.rules:
-            marks = _match(rule.ours, ours)
-            if marks is not None:
-                return rule, [source.format(**marks) for source in rule.sources]
+        for rule, pattern in self._ours:
+            if match := pattern.fullmatch(ours):
+                return rule, [source.format(**match.groupdict()) for source in rule.sources]
         return None
+
+    @cached_property
+    def _ignored(self) -> list[re.Pattern[str]]:
+        return [_pattern(ignored.theirs) for ignored in self.ignored]
+
+    @cached_property
+    def _theirs(self) -> list[tuple[Rule, int, re.Pattern[str]]]:
+        return [(rule, number, _pattern(name)) for rule in self.rules for number, name in enumerate(rule.sources)]
+
+    @cached_property
+    def _ours(self) -> list[tuple[Rule, re.Pattern[str]]]:
+        return [(rule, _pattern(rule.ours)) for rule in self.rules]
 
     def __add__(self, other: Table) -> Table:
         return Table(self.rules + other.rules, self.ignored + other.ignored, self.aliases + other.aliases)
@@ -228,12 +237,6 @@ def listing(names: Iterable[str], limit: int = 100) -> str:
     return f"{len(ordered)} ({', '.join(ordered[:limit])}{more})"
 
 
-def _match(template: str, name: str) -> dict[str, str] | None:
-    match = _pattern(template).fullmatch(name)
-    return match.groupdict() if match else None
-
-
-@cache
 def _pattern(template: str) -> re.Pattern[str]:
     marks = {"i": r"(?P<i>\d+)", "j": r"(?P<j>\d+)", "p": r"(?P<p>[^.]+)", "rest": r"(?P<rest>.+)"}
     pieces: Sequence[str] = re.split(r"\{(\w+)\}", template)
