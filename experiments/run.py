@@ -6,6 +6,7 @@ moment, SIGKILL included, goes on from its last state to the same losses as one 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -22,7 +23,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vargpt.config_json import from_json, to_json
 from vargpt.files import atomic_file, read_json, write_json
+from vargpt.images import save_image, to_pil
 
 Config = TypeVar("Config")
 STATE = "state.safetensors"
@@ -158,8 +161,6 @@ class Run:
 
     def picture(self, name: str, image_3HW: Tensor) -> None:
         """Leave a picture in [-1, 1] where a person will look: ``samples/NAME-STEP.png`` and TensorBoard."""
-        from vargpt.images import save_image, to_pil
-
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
         save_image(to_pil(image_3HW[None])[0], folder / f"{name}-{self.step:06d}.png")
@@ -227,8 +228,6 @@ def settings(section: str, cls: type[Config], arguments: list[str]) -> tuple[str
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from vargpt.config_json import from_json
-
     name, overrides = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else ("nano", arguments)
     folder = Path(__file__).parent / "configs" / section
     known = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -260,8 +259,33 @@ def exit_code(command: Callable[[], None]) -> int:
     return 0
 
 
+def training_command(
+    arguments: list[str] | None,
+    description: str | None,
+    section: str,
+    cls: type[Config],
+    folder: str,
+    train: Callable[[Config, Path, torch.device], object],
+) -> int:
+    """The command line of a training; returns its exit code.
+
+    Args:
+        section, cls: where its configurations are, and what they are.
+        folder: of the run by default, before the configuration's name.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="NAME key=value", help="configuration, and changes to it")
+    parser.add_argument("--out", help=f"folder of the run ({folder}NAME)")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+
+    def run() -> None:
+        name, config = settings(section, cls, options.settings)
+        train(config, Path(options.out or f"{folder}{name}"), torch.device(options.device))
+
+    return exit_code(run)
+
+
 def described(config: Any) -> dict[str, Any]:
     """A configuration as JSON, for a run's folder."""
-    from vargpt.config_json import to_json
-
     return to_json(config) if dataclasses.is_dataclass(config) else dict(config)

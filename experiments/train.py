@@ -6,7 +6,6 @@ its own below DIR (by default ``runs/NAME``). The last stage's ``model/`` is the
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from experiments.data.chat import Batch, ConversationSource, Example, collate
 from experiments.data.shapes_chat import ShapeChats
-from experiments.run import Ema, Run, Schedule, described, exit_code, grid, settings, step_generator
+from experiments.run import Ema, Run, Schedule, described, grid, step_generator, training_command
 from vargpt.api import draw
 from vargpt.build import build, preset
 from vargpt.checkpoint import ASSETS, choices_named, load, save
@@ -276,17 +275,7 @@ def drawn_grid(model: VARGPT, source: ConversationSource, count: int = 24) -> Te
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="NAME key=value", help="configuration, and changes to it")
-    parser.add_argument("--out", help="folder of the run (runs/NAME)")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
-
-    def run() -> None:
-        name, config = settings("train", Training, options.settings)
-        train(config, Path(options.out or f"runs/{name}"), torch.device(options.device))
-
-    return exit_code(run)
+    return training_command(arguments, __doc__, "train", Training, "runs/", train)
 
 
 if __name__ == "__main__":

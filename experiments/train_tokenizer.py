@@ -6,7 +6,6 @@ metrics, sample pictures and, at the end, ``model/``, which ``vargpt.load`` read
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from experiments.adversary import Adversary, AdversaryConfig, PerceptualConfig, PerceptualLoss
 from experiments.data.images import PictureData, PictureSource, picture_source
-from experiments.run import Ema, Run, Schedule, described, exit_code, grid, settings, step_generator
+from experiments.run import Ema, Run, Schedule, described, grid, step_generator, training_command
+from vargpt.checkpoint import save
 from vargpt.config import VargptConfig
 from vargpt.model import VARGPT
 from vargpt.vqvae import MultiScaleVQVAE, VqvaeConfig
@@ -274,23 +274,11 @@ def train(config: TokenizerTraining, folder: Path, device: torch.device) -> Mult
 
 def save_tokenizer(model: MultiScaleVQVAE, folder: Path) -> None:
     """Write a model of one part, which ``vargpt.load`` reads."""
-    from vargpt.checkpoint import save
-
     save(VARGPT(vqvae=model, config=VargptConfig(vqvae=model.config)), folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="NAME key=value", help="configuration, and changes to it")
-    parser.add_argument("--out", help="folder of the run (runs/tokenizer-NAME)")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
-
-    def run() -> None:
-        name, config = settings("tokenizer", TokenizerTraining, options.settings)
-        train(config, Path(options.out or f"runs/tokenizer-{name}"), torch.device(options.device))
-
-    return exit_code(run)
+    return training_command(arguments, __doc__, "tokenizer", TokenizerTraining, "runs/tokenizer-", train)
 
 
 if __name__ == "__main__":

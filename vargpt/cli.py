@@ -141,6 +141,7 @@ def _load(options: argparse.Namespace) -> VARGPT:
     try:
         device = torch.device(options.device)
         torch.zeros(1, device=device).item()
+    # an unknown name, a build without this backend, and a device that holds no values ("meta")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {options.device!r} cannot be used here ({str(error).splitlines()[0]})") from None
     model = load(

@@ -238,6 +238,6 @@ def listing(names: Iterable[str], limit: int = 100) -> str:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    marks = {"i": r"(?P<i>\d+)", "j": r"(?P<j>\d+)", "p": r"(?P<p>[^.]+)", "rest": r"(?P<rest>.+)"}
+    marks = {"i": r"(?P<i>\d+)", "p": r"(?P<p>[^.]+)", "rest": r"(?P<rest>.+)"}
     pieces: Sequence[str] = re.split(r"\{(\w+)\}", template)
     return re.compile("".join(marks[piece] if k % 2 else re.escape(piece) for k, piece in enumerate(pieces)))
