@@ -6,6 +6,7 @@ Everything is read and judged exactly, on scenes that no training sees. Shares c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections import defaultdict
@@ -90,14 +91,25 @@ def evaluate(model: VARGPT, world: World, settings: Settings) -> dict[str, Share
 
 @torch.no_grad()
 def tokenizer_scores(model: VARGPT, world: World, settings: Settings) -> dict[str, Share]:
-    """How many pictures are read exactly right after a pass through the image tokenizer: the ceiling of drawing."""
+    """How many pictures are read exactly right after a pass through the image tokenizer (the ceiling of drawing), the
+    same from each prefix of scales, and how many codes each scale uses of those that it could."""
     vqvae = require(model.vqvae, "image tokenizer")
-    exact = []
+    scales = range(len(vqvae.schedule))
+    exact: list[list[bool]] = [[] for _ in scales]
+    used: list[set[int]] = [set() for _ in scales]
     for part in _batches(range(settings.n), settings.batch, "tokenizer"):
         scenes = [world.sample("test", i, seed=settings.seed) for i in part]
-        images = vqvae.decode(vqvae.encode(as_tensor(scenes, vqvae.image_size).to(model.device)).indices)
-        exact += [same(s, parse(np.asarray(p), world)) for s, p in zip(scenes, to_pil(images), strict=True)]
-    return {"tokenizer.exact": share(exact)}
+        indices = vqvae.encode(as_tensor(scenes, vqvae.image_size).to(model.device)).indices
+        for scale in scales:
+            used[scale].update(indices[scale].flatten().tolist())
+            images = to_pil(vqvae.decode(indices[: scale + 1]))
+            exact[scale] += [same(s, parse(np.asarray(p), world)) for s, p in zip(scenes, images, strict=True)]
+    reachable = [min(vqvae.vocab_size, settings.n * length) for length in vqvae.schedule.lengths]
+    return {
+        "tokenizer.exact": share(exact[-1]),
+        **{f"tokenizer.exact_after.{scale + 1}": share(exact[scale]) for scale in scales},
+        **{f"tokenizer.codes.{scale + 1}": Share(hits=len(used[scale]), of=reachable[scale]) for scale in scales},
+    }
 
 
 def question_scores(model: VARGPT, world: World, settings: Settings) -> dict[str, Share]:
@@ -201,6 +213,13 @@ def table(scores: dict[str, Share]) -> str:
     return "\n".join(["| measure | share | 95 % interval | n |", "|---|---|---|---|", *rows])
 
 
+def write_scores(scores: dict[str, Share], settings: Settings, file: Path) -> None:
+    """The scores as JSON, with their intervals and how they were taken."""
+    values = {name: s.value for name, s in scores.items()}
+    intervals = {name: s.interval for name, s in scores.items()}
+    write_json(file, {**values, "intervals": intervals, "settings": dataclasses.asdict(settings)})
+
+
 def sample_grid(model: VARGPT, world: World, settings: Settings, columns: int = 8) -> Image.Image:
     """Drawings of prompts of every category, a row each."""
     specs = drawing_prompts(world, settings)
@@ -234,9 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         scores = evaluate(model, world, settings)
         print(table(scores))
         if options.json:
-            values = {name: s.value for name, s in scores.items()}
-            intervals = {name: s.interval for name, s in scores.items()}
-            write_json(Path(options.json), {**values, "intervals": intervals, "n": options.n, "seed": options.seed})
+            write_scores(scores, settings, Path(options.json))
         if options.grid:
             save_image(sample_grid(model, world, settings), options.grid)
 

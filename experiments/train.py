@@ -10,25 +10,52 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from experiments.data.chat import Batch, ConversationSource, Example, collate
+import vargpt.llm.layers
+import vargpt.var.layers
+from experiments.data.chat import Batch, ConversationSource, Example, Kind, Mixture, collate, index_maps
+from experiments.data.records import Records, read_records
+from experiments.data.shapes import Split
 from experiments.data.shapes_chat import ShapeChats
+from experiments.data.token_cache import TokenCache
 from experiments.run import Ema, Run, Schedule, described, grid, step_generator, training_command
 from vargpt.api import draw
 from vargpt.build import build, preset
-from vargpt.checkpoint import ASSETS, choices_named, load, save
+from vargpt.checkpoint import ASSETS, choices_named, find, load, save
 from vargpt.config import VargptConfig
 from vargpt.images import to_tensor
 from vargpt.model import VARGPT, VargptOutput, require
-from vargpt.text import SentencePieceTokenizer
+from vargpt.text import IMAGE_GEN, SentencePieceTokenizer
 
 TOKENIZER = ASSETS / "tiny"
-"""The text tokenizer of models trained here."""
+"""The text tokenizer of models that start from no other's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatData:
+    """Where conversations come from: ``world`` names a level of the small world, ``records`` a file of records."""
+
+    world: Literal["nano", "full"] | None = None
+    records: str | None = None
+    images: str | None = None
+    """Folder of the records' pictures; by default the one that their file is in."""
+    weight: float = 1.0
+    """How often examples are taken from here, beside other sources of the same kind."""
+    cache: bool = False
+    """Tokenize the records' pictures once, cropped at the centre, and keep the tokens in the run's folder."""
+
+    def __post_init__(self) -> None:
+        if (self.world is None) == (self.records is None):
+            raise ValueError("data names either a world or a file of records")
+        if self.weight <= 0:
+            raise ValueError(f"the weight of data must be above 0, not {self.weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +88,13 @@ class Training:
     """Sizes of all parts but the image tokenizer."""
     tokenizer: str
     """Folder of a trained image tokenizer, such as ``runs/tokenizer-nano/model``."""
-    world: Literal["nano", "full"]
+    data: tuple[ChatData, ...]
     stages: tuple[Stage, ...]
+    start: tuple[str, ...] = ()
+    """Models to start from (as ``vargpt.load`` names them): each gives the parts that it has; others are random."""
     choices: Literal["published", "fixed"] = "fixed"
+    plan: bool = False
+    """Whether requests to draw are first answered by a plan in words."""
     drop: float = 0.1
     """Share of the drawings learned without condition (their class becomes "no condition")."""
     drop_prompt: bool = True
@@ -74,6 +105,8 @@ class Training:
     ema: float = 0.999
     autocast: bool = False
     """Matrix products in bfloat16 (for hardware that gains by it)."""
+    recompute: bool = False
+    """Keep no activations inside the decoders' blocks for the backward pass, but compute them again: less memory."""
     save_every: int = 250
     evaluate_every: int = 1000
     validation: int = 256
@@ -96,6 +129,7 @@ def assemble(config: Training) -> VargptConfig:
         choices_named(config.choices),
         training_template=base.choices.training_template,
         inference_template=base.choices.inference_template,
+        plan=config.plan,
     )
     return dataclasses.replace(base, var=var, vqvae=trained, choices=choices)
 
@@ -118,6 +152,8 @@ class StageTrainer:
             betas=(0.9, 0.95),
         )
         self.ema = Ema(model, config.ema)
+        if config.recompute:
+            recompute_blocks(model)
         model.train()
         require(model.vqvae, "image tokenizer")
         if isinstance(model.vqvae, nn.Module):
@@ -152,16 +188,14 @@ class StageTrainer:
         c, rows = self.config, self.stage.rows
         batches = []
         if rows.drawing:
-            examples = self.source.examples("drawing", c.seed, number, rows.drawing)
+            examples = _examples(self.source, "drawing", c.seed, number, rows.drawing)
             random = step_generator(c.seed, number, stream=2)
             dropped = (torch.rand(rows.drawing, generator=random) < c.drop).tolist()
             if c.drop_prompt:
                 examples = [without_prompt(e) if d else e for e, d in zip(examples, dropped, strict=True)]
             batches.append(collate(self.model, examples, dropped=dropped))
-        answers: list[Example] = []
-        for kind, count in (("question", rows.question), ("text", rows.text)):
-            if count:
-                answers += self.source.examples(kind, c.seed, number, count)
+        answers = _examples(self.source, "question", c.seed, number, rows.question)
+        answers += _examples(self.source, "text", c.seed, number, rows.text)
         if answers:
             batches.append(collate(self.model, answers))
         return batches
@@ -175,9 +209,24 @@ class StageTrainer:
         return model.to(self.model.device).eval()
 
 
+def recompute_blocks(model: VARGPT) -> None:
+    """Let the decoders' blocks keep only their inputs for the backward pass (arXiv 1604.06174)."""
+    for module in model.modules():
+        if isinstance(module, vargpt.llm.layers.Block | vargpt.var.layers.Block):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def _examples(
+    source: ConversationSource, kind: Kind, seed: int, step: int, count: int, split: Split = "train"
+) -> list[Example]:
+    """The examples of one step."""
+    return [source.example(kind, seed, step * count + i, split) for i in range(count)]
+
+
 def without_prompt(example: Example) -> Example:
-    """The same reply to an empty message."""
-    silent = [{**m, "content": ""} if m["role"] == "user" else m for m in example.messages]
+    """The same drawings in reply to an empty message, with no word of a plan."""
+    marks = IMAGE_GEN * len(example.drawings)
+    silent = [{**m, "content": "" if m["role"] == "user" else marks} for m in example.messages]
     return dataclasses.replace(example, messages=silent)
 
 
@@ -206,10 +255,9 @@ def losses(out: VargptOutput) -> dict[str, float]:
 def validation_losses(model: VARGPT, source: ConversationSource, rows: Rows, count: int) -> dict[str, float]:
     """Mean losses on conversations that are never trained on."""
     sums: dict[str, float] = {}
-    kinds = [k for k in ("drawing", "question", "text") if getattr(rows, k)]
-    for kind in kinds:
-        for part in range(-(-count // 32)):
-            examples = source.examples(kind, 0, part, 32, split="validation")
+    for kind in get_args(Kind):
+        for part in range(-(-count // 32) if getattr(rows, kind) else 0):
+            examples = _examples(source, kind, 0, part, 32, "validation")
             for name, loss in losses(forward(model, collate(model, examples))).items():
                 key = f"validation/{name if name != 'answer' else kind}"
                 sums[key] = sums.get(key, 0.0) + loss / -(-count // 32)
@@ -221,13 +269,19 @@ def train(config: Training, folder: Path, device: torch.device) -> VARGPT:
     model_config = assemble(config)
     assert model_config.vqvae is not None
     assert model_config.llm is not None
-    tokenizer = SentencePieceTokenizer.from_directory(TOKENIZER, vocab_size=model_config.llm.vocab_size)
+    folders = [folder for name in config.start if ((folder := find(name)) / "tokenizer.model").is_file()]
+    tokenizer = SentencePieceTokenizer.from_directory([*folders, TOKENIZER][0], vocab_size=model_config.llm.vocab_size)
     model = build(model_config, seed=config.seed, tokenizer=tokenizer).to(device)
     trained = load(config.tokenizer, device)
     assert isinstance(model.vqvae, nn.Module)
     assert isinstance(trained.vqvae, nn.Module)
+    for name in config.start:
+        _take_over(model, load(name, device), name)
     model.vqvae.load_state_dict(trained.vqvae.state_dict())
-    source = ShapeChats(config.world, model_config.vqvae.image_size)
+    source = _source(config, model, folder)
+    for kind in get_args(Kind):
+        if kind not in source.kinds() and any(getattr(stage.rows, kind) for stage in config.stages):
+            raise ValueError(f"the data holds no examples of kind {kind!r}: set their rows to 0")
     for stage in config.stages:
         place = folder / stage.name
         if (place / "model" / "config.json").is_file():
@@ -236,6 +290,36 @@ def train(config: Training, folder: Path, device: torch.device) -> VARGPT:
             continue
         model = _train_stage(config, stage, model, source, place)
     return model
+
+
+def _take_over(model: VARGPT, given: VARGPT, name: str) -> None:
+    """Let the model start from the parts of another one."""
+    for part, weights in given.named_children():
+        theirs, own = weights.state_dict(), getattr(model, part)
+        assert isinstance(own, nn.Module)
+        if {n: t.shape for n, t in theirs.items()} != {n: t.shape for n, t in own.state_dict().items()}:
+            raise ValueError(f"cannot start from {name}: its {part} is not of the same sizes as the preset's")
+        own.load_state_dict(theirs)
+
+
+def _source(config: Training, model: VARGPT, folder: Path) -> ConversationSource:
+    """The conversations that a configuration names."""
+    vqvae = require(model.vqvae, "image tokenizer")
+    sources: list[ConversationSource] = []
+    for data in config.data:
+        if data.world is not None:
+            sources.append(ShapeChats(data.world, vqvae.image_size, plan=config.plan))
+            continue
+        assert data.records is not None
+        records = read_records(Path(data.records), Path(data.images) if data.images else None)
+        cache = None
+        if data.cache:
+            paths = [path for record in records for path in record.drawings]
+            cache = TokenCache(folder / "image_tokens", paths, vqvae, model.device)
+        sources.append(Records(records, vqvae.image_size, cache))
+    if not sources:
+        raise ValueError("data is empty: name a world or a file of records")
+    return Mixture(sources, [data.weight for data in config.data])
 
 
 def _train_stage(config: Training, stage: Stage, model: VARGPT, source: ConversationSource, folder: Path) -> VARGPT:
@@ -258,19 +342,20 @@ def _train_stage(config: Training, stage: Stage, model: VARGPT, source: Conversa
         evaluate_every=config.evaluate_every,
     )
     averaged = trainer.averaged()
-    save(averaged, folder / "model", tokenizer_from=TOKENIZER)
+    save(averaged, folder / "model")
     return averaged
 
 
 def drawn_grid(model: VARGPT, source: ConversationSource, count: int = 24) -> Tensor:
-    """Drawings of validation requests, each under the picture that the request describes."""
-    examples = source.examples("drawing", 0, 0, count, split="validation")
+    """Drawings of validation requests, each under the picture that the request describes (as its tokens show it)."""
+    vqvae = require(model.vqvae, "image tokenizer")
+    examples = _examples(source, "drawing", 0, 0, count, "validation")
     prompts = [example.messages[0]["content"] for example in examples]
-    images = draw(model, prompts, seed=0).images
-    drawn = [to_tensor(image) for image in images]
-    rows = []
+    drawn = [to_tensor(image) for image in draw(model, prompts, seed=0).images]
+    wanted = vqvae.decode(index_maps(vqvae, [example.drawings[0] for example in examples], model.device)).cpu()
+    rows: list[Tensor] = []
     for start in range(0, count, 12):
-        rows += [*(e.drawings[0] for e in examples[start : start + 12]), *drawn[start : start + 12]]
+        rows += [*wanted[start : start + 12], *drawn[start : start + 12]]
     return grid(rows, columns=12, scale=2)
 
 

@@ -33,6 +33,8 @@ class CodebookConfig:
     update: Literal["gradient", "ema"] = "gradient"
     """Codes follow the VQ loss, or the running mean of the residuals that chose them."""
     ema_decay: float = 0.99
+    start: float = 0.0
+    """Share of the training that comes before quantization; the codes then start as residuals of that time."""
     restart_every: int = 50
     """Every so many steps, codes that are hardly used move to residuals of the current batch; 0: never."""
     restart_until: float = 0.7
@@ -97,8 +99,12 @@ class TokenizerTrainer:
         lr = c.schedule.at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        out = self.model(images, self._keep(len(images), step))
-        loss = out.loss + (c.reconstruction - 1) * (out.l1 + out.l2)
+        if step < c.codebook.start * c.schedule.steps:
+            out = self.model(images, torch.full((len(images),), len(self.model.schedule) + 1, device=self.device))
+            loss = out.l1 + out.l2
+        else:
+            out = self.model(images, self._keep(len(images), step))
+            loss = out.loss + (c.reconstruction - 1) * (out.l1 + out.l2)
         scalars = {"l1": out.l1, "l2": out.l2, "vq": out.vq_loss, "commitment": out.commitment_loss}
         if c.codebook.update == "ema":
             loss = loss - out.vq_loss + out.vq_loss.detach()
@@ -119,6 +125,8 @@ class TokenizerTrainer:
         if self.adversary is not None:
             scalars["discriminator"] = self.adversary.learn(images, out.images.detach(), step, lr)
         restarting = step < c.codebook.restart_until * c.schedule.steps
+        if step + 1 == round(c.codebook.start * c.schedule.steps):
+            self.codes.share_V.zero_()
         self.codes.update(images, out.hits_SV, step, self.optimizer if restarting else None)
         return {"loss": loss.item(), "lr": lr} | {name: value.item() for name, value in scalars.items()}
 
@@ -153,9 +161,11 @@ class CodeUse(nn.Module):
         self._model = [model]  # in a list: its tensors are saved elsewhere
         codes = model.quantizer.codebook.weight
         self.register_buffer("uses_V", torch.ones(codes.shape[0]))
+        self.register_buffer("share_V", torch.full((codes.shape[0],), 1 / codes.shape[0]))
         self.register_buffer("sum_VZ", codes.detach().clone())
 
     uses_V: Tensor
+    share_V: Tensor
     sum_VZ: Tensor
 
     @torch.no_grad()
@@ -175,11 +185,12 @@ class CodeUse(nn.Module):
             sums = torch.zeros_like(self.sum_VZ).index_add_(0, chosen, vectors)
             self.sum_VZ.lerp_(sums, 1 - c.ema_decay)
         self.uses_V.lerp_(hits_SV.sum(0), 1 - c.ema_decay)
+        self.share_V.lerp_((hits_SV / hits_SV.sum(1, keepdim=True)).mean(0), 1 - c.ema_decay)
         if c.update == "ema":
             codebook.copy_(self.sum_VZ / self.uses_V.clamp(min=1e-3)[:, None])
         if not due or restart is None:
             return
-        dead = (self.uses_V < c.restart_below * self.uses_V.mean()).nonzero()[:, 0]
+        dead = (self.share_V <= c.restart_below * self.share_V.mean()).nonzero()[:, 0]
         if not len(dead):
             return
         per_scale = -(-len(dead) // len(residuals))
@@ -187,6 +198,7 @@ class CodeUse(nn.Module):
         fresh = fresh[torch.randperm(len(fresh), device=fresh.device)[: len(dead)]]
         codebook[dead] = fresh + 0.01 * fresh.std() * torch.randn_like(fresh)
         self.uses_V[dead] = self.uses_V.mean()
+        self.share_V[dead] = self.share_V.mean()
         self.sum_VZ[dead] = codebook[dead] * self.uses_V.mean()
         for value in restart.state[codebook].values():
             if value.shape == codebook.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 from PIL import Image
 
 import vargpt
+from vargpt import api, generate
 from vargpt.api import ChatMessage, encode_messages
 from vargpt.build import build
 from vargpt.config import NANO
+from vargpt.generate import generate_text
 from vargpt.model import VARGPT
 from vargpt.next_scale import ScaleStep
+from vargpt.sampling import GREEDY, Guidance
 from vargpt.scales import ScaleSchedule
 from vargpt.text import ByteTokenizer
 
@@ -46,7 +50,11 @@ def pixels(image: object) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_a_picture_depends_on_its_own_prompt_and_seed_alone(model: VARGPT) -> None:
+@pytest.mark.parametrize("plan", [False, True])
+def test_a_picture_depends_on_its_own_prompt_and_seed_alone(
+    model: VARGPT, monkeypatch: pytest.MonkeyPatch, plan: bool
+) -> None:
+    monkeypatch.setattr(model, "choices", replace(model.choices, plan=plan))
     both = vargpt.draw(model, ["a red circle", "two blue squares and a star"], n=2, seed=5)
     assert len(both.images) == 4
     assert both.seed == 5
@@ -58,6 +66,22 @@ def test_a_picture_depends_on_its_own_prompt_and_seed_alone(model: VARGPT) -> No
     for ours, theirs in zip(both.images, again, strict=True):
         assert np.abs(pixels(ours).astype(int) - pixels(theirs)).max() <= 1
     assert not np.array_equal(pixels(both.images[0]), pixels(both.images[1]))
+    assert all(map(bool, both.plans)) if plan else not any(both.plans)
+
+
+def test_a_plan_is_written_before_the_picture_and_read_by_it(model: VARGPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "choices", replace(model.choices, plan=True))
+    monkeypatch.setattr(api, "PLAN_LENGTH", 7)
+    planned = vargpt.draw(model, ["a red circle"], temperature=0, cfg=0)
+    ids, _, _ = encode_messages(model, [ChatMessage(role="user", content="a red circle")])
+    context, hidden = api.read_rows(model, [ids], room=8 + DRAWN)
+    special = [i for i in TOKENS.values() if i != 637]
+    row = generate_text(model, context, hidden, max_new_tokens=7, stop=(637, 2), forbid=special)[0]
+    assert model.tokenizer is not None
+    assert planned.plans == [model.tokenizer.decode(row.ids).strip()]
+    context, _ = api.read_rows(model, [[*ids, *row.ids, 637]], room=DRAWN)
+    maps = generate.draw(model, context, generators=[], guidance=Guidance(scale=0.0), sampling=GREEDY)
+    assert all(torch.equal(a, b) for a, b in zip(planned.indices, maps.indices, strict=True))
 
 
 def test_every_step_can_be_watched(model: VARGPT) -> None:

@@ -41,6 +41,12 @@ class DrawOutput:
     """One index map per scale, for all pictures."""
     seed: int
     """Picture i of each prompt was drawn with seed + i."""
+    plans: list[str]
+    """What the model wrote before each picture; empty texts where it draws at once."""
+
+
+PLAN_LENGTH = 96
+"""Most tokens of text before a picture."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +95,34 @@ def draw(
         raise ValueError("prompts is a list: give [prompt] for a single one")
     if not prompts or n < 1:
         raise ValueError(f"there is nothing to draw: {len(prompts)} prompts, {n} pictures each")
-    rows = [
-        encode_messages(model, [ChatMessage(role="user", content=prompt)])[0] + [model.tokens.gen_start]
-        for prompt in prompts
-    ]
+    planned, start = model.choices.plan, model.tokens.gen_start
+    begin = [] if planned else [start]
+    rows = [encode_messages(model, [ChatMessage(role="user", content=prompt)])[0] + begin for prompt in prompts]
     tokens = require(model.var, "visual decoder").schedule.total
-    context, _ = read_rows(model, rows, room=tokens)
+    context, hidden = read_rows(model, rows, room=tokens + (PLAN_LENGTH + 1 if planned else 0))
     if n > 1:
-        context = context.select(torch.arange(len(prompts), device=model.device).repeat_interleave(n))
-    seeds = [seed + i for _ in prompts for i in range(n)]
-    maps = _draw(model, context, drawing, seeds, on_scale)
+        copies = torch.arange(len(prompts), device=model.device).repeat_interleave(n)
+        context, hidden = context.select(copies), hidden[copies]
+    random = generators([seed + i for _ in prompts for i in range(n)], model.device)
+    plans = [""] * len(random)
+    if planned:
+        # Numbers of its own for each row's plan: how many are used up depends on the longest plan of the batch.
+        own = [int(torch.randint(2**62, (), generator=g, device=model.device)) for g in random]
+        written = generate_text(
+            model,
+            context,
+            hidden,
+            max_new_tokens=PLAN_LENGTH,
+            stop=(start, model.tokens.eos),
+            forbid=_no_text(model, but=start),
+            sampling=drawing.sampling,
+            generators=generators(own, model.device),
+        )
+        plans = [_tokenizer(model).decode(row.ids).strip() for row in written]
+        read_token(context, start)
+    maps = _draw(model, context, drawing, random, on_scale)
     images = to_pil(require(model.vqvae, "image tokenizer").decode_latent(maps.f_hat))
-    return DrawOutput(images=images, indices=maps.indices, seed=seed)
+    return DrawOutput(images=images, indices=maps.indices, seed=seed, plans=plans)
 
 
 @torch.no_grad()
@@ -218,7 +240,7 @@ def chat(
         if row.stop is None or row.stop != t.gen_start:
             break
         read_token(context, t.gen_start)
-        maps = _draw(model, context, drawing, [seed + images], on_scale)
+        maps = _draw(model, context, drawing, generators([seed + images], model.device), on_scale)
         reply += to_pil(require(model.vqvae, "image tokenizer").decode_latent(maps.f_hat))
         images += 1
         left -= per_drawing
@@ -354,7 +376,7 @@ def _draw(
     model: VARGPT,
     context: Context,
     drawing: _Drawing,
-    seeds: Sequence[int],
+    random: Sequence[torch.Generator],
     on_scale: Callable[[ScaleStep], None] | None,
 ) -> TokenMaps:
     null = drawing.null or model.choices.null
@@ -363,13 +385,13 @@ def _draw(
         ids, _, _ = encode_messages(model, [ChatMessage(role="user", content="")], may_be_empty=True)
         room = require(model.var, "visual decoder").schedule.total
         empty, _ = read_rows(model, [[*ids, model.tokens.gen_start]], room=room)
-        empty = empty.select(torch.zeros(len(seeds), dtype=torch.long, device=model.device))
+        empty = empty.select(torch.zeros(len(random), dtype=torch.long, device=model.device))
     return draw_rows(
         model,
         context,
         null=null,
         empty=empty,
-        generators=generators(seeds, model.device),
+        generators=random,
         guidance=drawing.guidance,
         sampling=drawing.sampling,
         on_scale=on_scale,

@@ -48,6 +48,9 @@ class Choices:
     """Chat template of training (``vargpt.text.TEMPLATES``)."""
     inference_template: str
     """Chat template of inference; the published one adds the BOS token that training never showed."""
+    plan: bool = False
+    """Whether a request to draw is first answered in words (a plan, say), which the drawing then follows. Without, a
+    drawing starts right after the request."""
 
     def __post_init__(self) -> None:
         if self.null not in ("noise", "class", "prompt"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from random import Random
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,9 +13,16 @@ from PIL.Image import Image
 from torch import Tensor
 
 from experiments.data.shapes import Split
+from vargpt.interfaces import ImageTokenizer
 from vargpt.losses import IGNORE
 from vargpt.model import VARGPT, require
 from vargpt.text import IMAGE, IMAGE_GEN, TEMPLATES
+
+Kind = Literal["drawing", "question", "text"]
+"""What a conversation teaches: to draw, to answer about a picture, or to answer without one."""
+
+Drawing = Float[Tensor, "3 side side"] | tuple[Int[Tensor, " _"], ...]
+"""A picture to draw: in [-1, 1], of the image tokenizer's size, or its index maps, one per scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +32,35 @@ class Example:
 
     messages: Sequence[Mapping[str, str]]
     images: Sequence[Image] = ()
-    drawings: Sequence[Float[Tensor, "3 side side"]] = ()
-    """In [-1, 1], of the image tokenizer's size."""
+    drawings: Sequence[Drawing] = ()
 
 
 class ConversationSource(Protocol):
-    """Examples that follow from a step's number alone."""
+    """Examples that follow from their number alone."""
 
-    def examples(self, kind: str, seed: int, step: int, count: int, *, split: Split = "train") -> list[Example]:
-        """``kind`` is one of the source's own: drawing, question, text, ..."""
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of example that it has."""
         ...
+
+    def example(self, kind: Kind, seed: int, index: int, split: Split) -> Example:
+        """Example ``index`` of its kind and split, one of those in :meth:`kinds`."""
+        ...
+
+
+class Mixture:
+    """Examples of several sources, each drawn in proportion to its weight among the sources that have its kind."""
+
+    def __init__(self, sources: Sequence[ConversationSource], weights: Sequence[float]) -> None:
+        self._sources, self._weights = sources, weights
+
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset(kind for source in self._sources for kind in source.kinds())
+
+    def example(self, kind: Kind, seed: int, index: int, split: Split) -> Example:
+        having = [i for i, source in enumerate(self._sources) if kind in source.kinds()]
+        random = Random(f"mixture {kind} {split} {seed} {index}")
+        chosen = random.choices(having, [self._weights[i] for i in having])[0]
+        return self._sources[chosen].example(kind, seed, index, split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +71,8 @@ class Batch:
     labels: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
     pixel_values: Float[Tensor, "I 3 height width"] | None
-    drawings: Float[Tensor, "G 3 side side"] | None
+    drawings: tuple[Int[Tensor, "G _"], ...] | None
+    """Index maps."""
     drop_condition: Bool[Tensor, " G"] | None = field(default=None)
 
 
@@ -93,6 +121,21 @@ def collate(model: VARGPT, examples: Sequence[Example], *, dropped: Sequence[boo
         pixel_values=torch.stack([require(model.vision, "vision encoder").preprocess(i) for i in images]).to(device)
         if images
         else None,
-        drawings=torch.stack(drawings).to(device) if drawings else None,
+        drawings=index_maps(require(model.vqvae, "image tokenizer"), drawings, device) if drawings else None,
         drop_condition=torch.tensor(drops, device=device) if drops else None,
     )
+
+
+@torch.no_grad()
+def index_maps(
+    tokenizer: ImageTokenizer, drawings: Sequence[Drawing], device: torch.device
+) -> tuple[Int[Tensor, "G _"], ...]:
+    """Pictures to draw as one batch of index maps; those that are not yet tokenized are, in one pass."""
+    pixels = {i: drawing for i, drawing in enumerate(drawings) if isinstance(drawing, Tensor)}
+    known = {i: drawing for i, drawing in enumerate(drawings) if not isinstance(drawing, Tensor)}
+    if pixels:
+        encoded = tokenizer.encode(torch.stack(list(pixels.values())).to(device)).indices
+        for row, i in enumerate(pixels):
+            known[i] = tuple(index_map[row] for index_map in encoded)
+    scales = range(len(tokenizer.schedule))
+    return tuple(torch.stack([known[i][scale].to(device) for i in range(len(drawings))]) for scale in scales)

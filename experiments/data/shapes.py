@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # far from each other and from whi
 }
 RADII = {"small": 0.11, "large": 0.155}  # half the side of the bounding box, as a share of the picture's side
 EDGE = 1 / 32  # at least this far from the border
-QUANTUM = 1 / 256  # of positions
+QUANTUM = 1 / 32  # of positions: two pixels of 64
 
 Plane = NDArray[np.floating]
 Split = Literal["train", "validation", "test", "heldout"]
@@ -241,6 +241,8 @@ REQUESTS = (  # in the style of the published instructions; the last is what peo
 )
 NAMES = (("shape",), ("colour", "shape"), ("size", "colour", "shape"))
 """The attributes that a name is made of, from little detail to all."""
+PLACES = "Where is everything?"
+"""Asked in training only: its answer, a plan, has all that other questions ask for."""
 DESCRIBE = ("Describe the image.", "What is in the picture?", "What do you see?")
 
 
@@ -269,9 +271,21 @@ def listing(names: Iterable[str]) -> str:
 def description(scene: Scene, world: World) -> str:
     """All that is there but the positions, in the world's order of shapes, colours and sizes: one text per content."""
     attributes = world.sayable(NAMES)[-1]
+    return listing(o.name(attributes) for o in _in_order(scene, world))
+
+
+def plan(scene: Scene, world: World) -> str:
+    """All that is there, each object with its place, in hundredths of the side from the left and from above."""
+    attributes = world.sayable(NAMES)[-1]
+    return " and ".join(
+        f"{article(o.name(attributes))} at {100 * o.x:.0f} {100 * o.y:.0f}" for o in _in_order(scene, world)
+    )
+
+
+def _in_order(scene: Scene, world: World) -> list[Object]:
+    """The world's order of shapes, colours and sizes; like objects by their place."""
     order = (*world.shapes, *world.colours, *world.sizes)
-    objects = sorted(scene.objects, key=lambda o: [order.index(a) for a in (o.shape, o.colour, o.size)])
-    return listing(o.name(attributes) for o in objects)
+    return sorted(scene.objects, key=lambda o: [*(order.index(a) for a in (o.shape, o.colour, o.size)), o.x, o.y])
 
 
 def caption(scene: Scene, world: World, rng: Random) -> str:
@@ -294,7 +308,7 @@ def request(scene: Scene, world: World, rng: Random) -> str:
 
 # ------------------------------------------------------------------ questions
 
-Kind = Literal["colour", "shape", "count", "relation", "existence", "caption"]
+Kind = Literal["colour", "shape", "count", "relation", "existence", "caption", "places"]
 
 
 @dataclass(frozen=True)

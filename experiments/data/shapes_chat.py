@@ -6,8 +6,20 @@ from random import Random
 
 from PIL import Image
 
-from experiments.data.chat import Example
-from experiments.data.shapes import WORLDS, Scene, Split, World, description, questions, render, request
+from experiments.data.chat import Example, Kind
+from experiments.data.shapes import (
+    PLACES,
+    QA,
+    WORLDS,
+    Scene,
+    Split,
+    World,
+    description,
+    plan,
+    questions,
+    render,
+    request,
+)
 from experiments.data.shapes_pictures import as_tensor
 from vargpt.text import IMAGE, IMAGE_GEN
 
@@ -17,28 +29,31 @@ class ShapeChats:
 
     Args:
         size: side of the pictures, in pixels.
+        plan: whether replies say what goes where before they draw it.
     """
 
-    def __init__(self, world: str, size: int) -> None:
+    def __init__(self, world: str, size: int, *, plan: bool) -> None:
         self.world: World = WORLDS[world]
-        self._size = size
+        self._size, self._plan = size, plan
 
-    def examples(self, kind: str, seed: int, step: int, count: int, *, split: Split = "train") -> list[Example]:
-        """``kind``: ``drawing``, ``question`` (about a picture) or ``text`` (about a description)."""
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset(("drawing", "question", "text"))
+
+    def example(self, kind: Kind, seed: int, index: int, split: Split) -> Example:
+        """A drawing, a question about a picture, or a question about a description."""
         make = {"drawing": self._drawing, "question": self._question, "text": self._text}
-        if kind not in make:
-            raise ValueError(f"the small world has no examples of kind {kind!r}: only {', '.join(make)}")
-        return [make[kind](split, seed, step * count + i) for i in range(count)]
+        return make[kind](split, seed, index)
 
     def _drawing(self, split: Split, seed: int, index: int) -> Example:
         scene = self._scene(split, "drawing", seed, index)
         asked = request(scene, self.world, Random(f"request {split} {seed} {index}"))
-        return Example(messages=_turn(asked, IMAGE_GEN), drawings=[as_tensor([scene], self._size)[0]])
+        reply = plan(scene, self.world) + IMAGE_GEN if self._plan else IMAGE_GEN
+        return Example(messages=_turn(asked, reply), drawings=[as_tensor([scene], self._size)[0]])
 
     def _question(self, split: Split, seed: int, index: int) -> Example:
         scene = self._scene(split, "question", seed, index)
         rng = Random(f"question {split} {seed} {index}")
-        qa = rng.choice(questions(scene, self.world, rng))
+        qa = rng.choice([*questions(scene, self.world, rng), QA("places", PLACES, plan(scene, self.world))])
         picture = Image.fromarray(render(scene, self._size))
         return Example(messages=_turn(f"{IMAGE}\n{qa.question}", qa.answer), images=[picture])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from random import Random
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 import vargpt
 from experiments import evaluate
-from experiments.data.chat import Example, collate
+from experiments.data.chat import Example, Kind, collate
 from experiments.data.shapes import NANO as WORLD
 from experiments.data.shapes import render
 from experiments.data.shapes_chat import ShapeChats
@@ -24,7 +25,7 @@ from vargpt.checkpoint import ASSETS
 from vargpt.config import NANO
 from vargpt.losses import IGNORE
 from vargpt.model import VARGPT
-from vargpt.text import SentencePieceTokenizer
+from vargpt.text import IMAGE_GEN, SentencePieceTokenizer
 
 SMALL = Settings(n=12, batch=6)
 
@@ -90,20 +91,21 @@ def test_one_command_writes_table_scores_and_pictures(
 
 
 def test_only_the_assistants_words_are_learned(model: VARGPT) -> None:
-    source = ShapeChats("nano", 32)
-    for kind in ("drawing", "question", "text"):
-        examples = source.examples(kind, 0, 0, 4)
+    source = ShapeChats("nano", 32, plan=True)
+    for kind in get_args(Kind):
+        examples = [source.example(kind, 0, i, "train") for i in range(4)]
         batch = collate(model, examples)
         assert model.tokenizer is not None
         for row, example in enumerate(examples):
             labels = batch.labels[row][batch.labels[row] != IGNORE].tolist()
             learned = model.tokenizer.decode([i for i in labels if i != 639]).strip()
-            reply = example.messages[1]["content"]
-            assert learned == ("" if kind == "drawing" else reply)
+            assert learned == example.messages[1]["content"].removesuffix(IMAGE_GEN)
             assert labels[-1] == model.tokens.eos
             if kind == "drawing":
                 assert model.var is not None
-                assert labels == [637, *[639] * model.var.schedule.total, 638, 2]
+                drawn = [637, *[639] * model.var.schedule.total, 638, 2]
+                assert labels[-len(drawn) :] == drawn
+                assert 639 not in labels[: -len(drawn)]
         assert (batch.drawings is not None) == (kind == "drawing")
         assert (batch.pixel_values is not None) == (kind == "question")
 

@@ -17,10 +17,13 @@ from PIL import Image
 
 import vargpt
 from experiments import train, train_tokenizer
+from experiments.data.chat import collate
 from experiments.data.images import PictureData, picture_source
+from experiments.data.shapes_chat import ShapeChats
 from experiments.run import Schedule, settings
 from experiments.train_tokenizer import TokenizerTraining
 from vargpt.build import build
+from vargpt.text import SentencePieceTokenizer
 
 SMALL = [
     "vqvae.channels=16",
@@ -128,6 +131,45 @@ def test_a_whole_model_trains_in_stages_and_resumes(tmp_path: Path, monkeypatch:
     changed = {name for name in first if not name.startswith("vqvae.") and not torch.equal(first[name], start[name])}
     assert changed
     assert all(name.startswith(("gen_in", "gen_out", "var.class_embed")) for name in changed)
+
+
+def test_recomputing_activations_changes_no_gradient() -> None:
+    tokenizer = SentencePieceTokenizer.from_directory(train.TOKENIZER, vocab_size=640)
+    gradients = []
+    for recompute in (False, True):
+        model = build(vargpt.preset("nano"), seed=0, tokenizer=tokenizer)
+        if recompute:
+            train.recompute_blocks(model)
+        source = ShapeChats("nano", 32, plan=True)
+        out = train.forward(model, collate(model, [source.example("drawing", 0, i, "train") for i in range(3)]))
+        assert out.loss is not None
+        out.loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(g, gradients[1][n], rtol=1e-5, atol=1e-7) for n, g in gradients[0].items())
+    assert any(n.startswith("llm.") for n in gradients[0])
+
+
+def test_recomputing_keeps_fewer_activations() -> None:
+    tokenizer = SentencePieceTokenizer.from_directory(train.TOKENIZER, vocab_size=640)
+    kept = []
+    for recompute in (False, True):
+        model = build(vargpt.preset("nano"), seed=0, tokenizer=tokenizer)
+        if recompute:
+            train.recompute_blocks(model)
+        source = ShapeChats("nano", 32, plan=True)
+        batch = collate(model, [source.example("drawing", 0, 0, "train")])
+        bytes_kept = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal bytes_kept
+            bytes_kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            train.forward(model, batch)
+        kept.append(bytes_kept)
+    assert kept[1] < kept[0] / 2
 
 
 def test_photographs_train_a_tokenizer(tmp_path: Path) -> None:

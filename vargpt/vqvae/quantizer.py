@@ -97,6 +97,8 @@ class MultiScaleQuantizer(nn.Module):
             commitment_loss = commitment_loss + F.mse_loss(f_hat.detach(), f)
             index_maps.append(indices)
             hits.append(torch.bincount(indices.flatten(), minlength=self.codebook.num_embeddings).float())
+        if keep is not None:
+            kept = torch.where((keep > len(self.schedule))[:, None, None, None], target, kept)
         hits_SV = torch.stack(hits)
         if self.training:
             self.usage_SV.lerp_(hits_SV.to(self.usage_SV.dtype), 0.01 if self.usage_SV.any() else 1.0)
