@@ -22,14 +22,14 @@ import vargpt.llm.layers
 import vargpt.var.layers
 from experiments.data.chat import Batch, ConversationSource, Example, Kind, Mixture, collate, index_maps
 from experiments.data.records import Records, read_records
-from experiments.data.shapes import Split
+from experiments.data.shapes import WORLDS, Split, summary, vocabulary
 from experiments.data.shapes_chat import ShapeChats
 from experiments.data.token_cache import TokenCache
 from experiments.run import Ema, Run, Schedule, described, grid, step_generator, training_command
 from vargpt.api import draw
 from vargpt.build import build, preset
 from vargpt.checkpoint import ASSETS, choices_named, find, load, save
-from vargpt.config import VargptConfig
+from vargpt.config import Knowledge, VargptConfig
 from vargpt.images import to_tensor
 from vargpt.model import VARGPT, VargptOutput, require
 from vargpt.text import IMAGE_GEN, SentencePieceTokenizer
@@ -78,6 +78,8 @@ class Stage:
     """Beginnings of the names of what is trained; all else is frozen, the image tokenizer always."""
     accumulate: int = 1
     """Batches of ``rows`` that one optimiser step sums up."""
+    data: tuple[ChatData, ...] = ()
+    """Where this stage's conversations come from, if not from the training's ``data``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +90,8 @@ class Training:
     """Sizes of all parts but the image tokenizer."""
     tokenizer: str
     """Folder of a trained image tokenizer, such as ``runs/tokenizer-nano/model``."""
-    data: tuple[ChatData, ...]
     stages: tuple[Stage, ...]
+    data: tuple[ChatData, ...] = ()
     start: tuple[str, ...] = ()
     """Models to start from (as ``vargpt.load`` names them): each gives the parts that it has; others are random."""
     choices: Literal["published", "fixed"] = "fixed"
@@ -131,7 +133,11 @@ def assemble(config: Training) -> VargptConfig:
         inference_template=base.choices.inference_template,
         plan=config.plan,
     )
-    return dataclasses.replace(base, var=var, vqvae=trained, choices=choices)
+    # A model that has seen a single small world can say what it has never seen.
+    worlds = {data.world for part in (config, *config.stages) for data in part.data}
+    world = WORLDS[name] if len(worlds) == 1 and (name := worlds.pop()) is not None else None
+    knows = Knowledge(summary=summary(world), words=vocabulary(world)) if world is not None else None
+    return dataclasses.replace(base, var=var, vqvae=trained, choices=choices, knows=knows)
 
 
 class StageTrainer:
@@ -269,8 +275,8 @@ def train(config: Training, folder: Path, device: torch.device) -> VARGPT:
     model_config = assemble(config)
     assert model_config.vqvae is not None
     assert model_config.llm is not None
-    folders = [folder for name in config.start if ((folder := find(name)) / "tokenizer.model").is_file()]
-    tokenizer = SentencePieceTokenizer.from_directory([*folders, TOKENIZER][0], vocab_size=model_config.llm.vocab_size)
+    texts = [place for place in map(find, config.start) if (place / "tokenizer.model").is_file()]
+    tokenizer = SentencePieceTokenizer.from_directory([*texts, TOKENIZER][0], vocab_size=model_config.llm.vocab_size)
     model = build(model_config, seed=config.seed, tokenizer=tokenizer).to(device)
     trained = load(config.tokenizer, device)
     assert isinstance(model.vqvae, nn.Module)
@@ -278,11 +284,8 @@ def train(config: Training, folder: Path, device: torch.device) -> VARGPT:
     for name in config.start:
         _take_over(model, load(name, device), name)
     model.vqvae.load_state_dict(trained.vqvae.state_dict())
-    source = _source(config, model, folder)
-    for kind in get_args(Kind):
-        if kind not in source.kinds() and any(getattr(stage.rows, kind) for stage in config.stages):
-            raise ValueError(f"the data holds no examples of kind {kind!r}: set their rows to 0")
-    for stage in config.stages:
+    sources = [_source(config, stage, model, folder) for stage in config.stages]
+    for stage, source in zip(config.stages, sources, strict=True):
         place = folder / stage.name
         if (place / "model" / "config.json").is_file():
             print(f"stage {stage.name} is finished: {place / 'model'}", file=sys.stderr)
@@ -302,11 +305,12 @@ def _take_over(model: VARGPT, given: VARGPT, name: str) -> None:
         own.load_state_dict(theirs)
 
 
-def _source(config: Training, model: VARGPT, folder: Path) -> ConversationSource:
-    """The conversations that a configuration names."""
+def _source(config: Training, stage: Stage, model: VARGPT, folder: Path) -> ConversationSource:
+    """The conversations of a stage."""
     vqvae = require(model.vqvae, "image tokenizer")
     sources: list[ConversationSource] = []
-    for data in config.data:
+    chosen = stage.data or config.data
+    for data in chosen:
         if data.world is not None:
             sources.append(ShapeChats(data.world, vqvae.image_size, plan=config.plan))
             continue
@@ -318,8 +322,12 @@ def _source(config: Training, model: VARGPT, folder: Path) -> ConversationSource
             cache = TokenCache(folder / "image_tokens", paths, vqvae, model.device)
         sources.append(Records(records, vqvae.image_size, cache))
     if not sources:
-        raise ValueError("data is empty: name a world or a file of records")
-    return Mixture(sources, [data.weight for data in config.data])
+        raise ValueError(f"stage {stage.name!r} has no data: name a world or a file of records")
+    mixture = Mixture(sources, [data.weight for data in chosen])
+    for kind in get_args(Kind):
+        if getattr(stage.rows, kind) and kind not in mixture.kinds():
+            raise ValueError(f"stage {stage.name!r} has no examples of kind {kind!r} in its data: set their rows to 0")
+    return mixture
 
 
 def _train_stage(config: Training, stage: Stage, model: VARGPT, source: ConversationSource, folder: Path) -> VARGPT:

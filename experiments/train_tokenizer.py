@@ -126,7 +126,7 @@ class TokenizerTrainer:
             scalars["discriminator"] = self.adversary.learn(images, out.images.detach(), step, lr)
         restarting = step < c.codebook.restart_until * c.schedule.steps
         if step + 1 == round(c.codebook.start * c.schedule.steps):
-            self.codes.share_V.zero_()
+            self.codes.hits_SV.zero_()
         self.codes.update(images, out.hits_SV, step, self.optimizer if restarting else None)
         return {"loss": loss.item(), "lr": lr} | {name: value.item() for name, value in scalars.items()}
 
@@ -148,11 +148,11 @@ class TokenizerTrainer:
 
 
 class CodeUse(nn.Module):
-    """How often each code is chosen, and what is done about the ones that are not.
+    """How often each scale chooses each code, and what is done about codes that are hardly chosen.
 
     A code serves all scales, but the 1x1 scale has 1 position where the last has hundreds: by counts alone the coarse
-    scales would be left with the few codes that the fine ones have no use for. So restarted codes are spread evenly
-    over the scales' residuals.
+    scales would be left with the few codes that the fine ones have no use for. So each scale's choices count alike,
+    and codes that restart become residuals of the scales that use the fewest.
     """
 
     def __init__(self, model: MultiScaleVQVAE, config: CodebookConfig) -> None:
@@ -160,12 +160,10 @@ class CodeUse(nn.Module):
         self.config = config
         self._model = [model]  # in a list: its tensors are saved elsewhere
         codes = model.quantizer.codebook.weight
-        self.register_buffer("uses_V", torch.ones(codes.shape[0]))
-        self.register_buffer("share_V", torch.full((codes.shape[0],), 1 / codes.shape[0]))
+        self.register_buffer("hits_SV", torch.ones(len(model.schedule), codes.shape[0]))
         self.register_buffer("sum_VZ", codes.detach().clone())
 
-    uses_V: Tensor
-    share_V: Tensor
+    hits_SV: Tensor
     sum_VZ: Tensor
 
     @torch.no_grad()
@@ -180,26 +178,25 @@ class CodeUse(nn.Module):
         c, codebook = self.config, self._model[0].quantizer.codebook.weight
         due = restart is not None and c.restart_every > 0 and (step + 1) % c.restart_every == 0
         residuals = self._residuals(images) if due or c.update == "ema" else []
+        self.hits_SV.lerp_(hits_SV, 1 - c.ema_decay)
         if c.update == "ema":
             vectors, chosen = torch.cat([z for z, _ in residuals]), torch.cat([i for _, i in residuals])
             sums = torch.zeros_like(self.sum_VZ).index_add_(0, chosen, vectors)
             self.sum_VZ.lerp_(sums, 1 - c.ema_decay)
-        self.uses_V.lerp_(hits_SV.sum(0), 1 - c.ema_decay)
-        self.share_V.lerp_((hits_SV / hits_SV.sum(1, keepdim=True)).mean(0), 1 - c.ema_decay)
-        if c.update == "ema":
-            codebook.copy_(self.sum_VZ / self.uses_V.clamp(min=1e-3)[:, None])
+            codebook.copy_(self.sum_VZ / self.hits_SV.sum(0).clamp(min=1e-3)[:, None])
         if not due or restart is None:
             return
-        dead = (self.share_V <= c.restart_below * self.share_V.mean()).nonzero()[:, 0]
+        share_SV = self.hits_SV / self.hits_SV.sum(1, keepdim=True).clamp(min=1e-8)
+        dead = (share_SV.mean(0) <= c.restart_below / len(codebook)).nonzero()[:, 0]
         if not len(dead):
             return
-        per_scale = -(-len(dead) // len(residuals))
-        fresh = torch.cat([z[torch.randint(len(z), (per_scale,), device=z.device)] for z, _ in residuals])
-        fresh = fresh[torch.randperm(len(fresh), device=fresh.device)[: len(dead)]]
+        unused_S = 1 - (share_SV > c.restart_below / len(codebook)).float().mean(1)
+        scales = torch.multinomial(unused_S.clamp(min=1e-3), len(dead), replacement=True).tolist()
+        rows = [residuals[s][0] for s in scales]
+        fresh = torch.stack([z[int(torch.randint(len(z), ()))] for z in rows])
         codebook[dead] = fresh + 0.01 * fresh.std() * torch.randn_like(fresh)
-        self.uses_V[dead] = self.uses_V.mean()
-        self.share_V[dead] = self.share_V.mean()
-        self.sum_VZ[dead] = codebook[dead] * self.uses_V.mean()
+        self.hits_SV[:, dead] = self.hits_SV.mean(1, keepdim=True)
+        self.sum_VZ[dead] = codebook[dead] * self.hits_SV.sum(0)[dead, None]
         for value in restart.state[codebook].values():
             if value.shape == codebook.shape:
                 value[dead] = 0

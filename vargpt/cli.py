@@ -184,6 +184,9 @@ def _draw(options: argparse.Namespace) -> int:
         except OSError as error:
             raise ValueError(f"cannot write into {steps} ({error.strerror})") from None
     model = _load(options)
+    knows = model.config.knows
+    if knows is not None and (unknown := knows.unknown(options.prompt)):
+        print(f"note: the model has never read {', '.join(map(repr, unknown))}: {knows.summary}", file=sys.stderr)
     with tqdm(desc="drawing", unit="scale", leave=False, file=sys.stderr) as bar:
 
         def on_scale(step: ScaleStep) -> None:

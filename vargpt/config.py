@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 from vargpt.choices import ABSENT, FIXED, PUBLISHED, Choices, TokenIds
@@ -26,6 +27,20 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What a model of a small world was trained on, for the user who asks for more."""
+
+    summary: str
+    """One sentence: what it draws."""
+    words: tuple[str, ...]
+    """All words it has read in requests, in lower case."""
+
+    def unknown(self, text: str) -> list[str]:
+        """The words of a text that it has never read."""
+        return [word for word in dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower())) if word not in self.words]
+
+
+@dataclass(frozen=True, kw_only=True)
 class VargptConfig:
     """The whole model, or as many of its parts as are given."""
 
@@ -38,6 +53,7 @@ class VargptConfig:
     gen_out: ProjectorConfig | None = None
     tokens: TokenIds = TokenIds()
     choices: Choices = FIXED
+    knows: Knowledge | None = None
 
     def __post_init__(self) -> None:
         for template in (self.choices.training_template, self.choices.inference_template):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -97,11 +98,12 @@ class World:
         return [level for level in levels if "size" not in level or len(self.sizes) > 1]
 
     def scene(self, rng: Random, *, heldout: bool = False) -> Scene:
-        """One object to ``max_objects``, alike in a third of the scenes with several."""
+        """One object to ``max_objects``, n of them n times as often as one; a quarter of those with several, alike."""
         pairs = self.heldout if heldout else self.seen
-        n = rng.randint(1, self.max_objects)
+        numbers = range(1, self.max_objects + 1)
+        n = rng.choices(numbers, weights=numbers)[0]
         kinds = [(*rng.choice(pairs), rng.choice(self.sizes)) for _ in range(n)]
-        if rng.random() < 1 / 3:
+        if rng.random() < 1 / 4:
             kinds = kinds[:1] * n
         return self.arrange(kinds, rng)
 
@@ -241,9 +243,23 @@ REQUESTS = (  # in the style of the published instructions; the last is what peo
 )
 NAMES = (("shape",), ("colour", "shape"), ("size", "colour", "shape"))
 """The attributes that a name is made of, from little detail to all."""
-PLACES = "Where is everything?"
+PLACES = "List all objects with their places."
 """Asked in training only: its answer, a plan, has all that other questions ask for."""
 DESCRIBE = ("Describe the image.", "What is in the picture?", "What do you see?")
+
+
+def vocabulary(world: World) -> tuple[str, ...]:
+    """All words of the world's requests, in order."""
+    names = [*world.shapes, *map(plural, world.shapes), *world.colours, *(world.sizes if len(world.sizes) > 1 else ())]
+    texts = [*REQUESTS, *RELATIONS, *NUMBERS[2 : world.max_objects + 1], *names, "a an and"]
+    return tuple(sorted({word for text in texts for word in re.findall("[a-z]+", text.lower())}))
+
+
+def summary(world: World) -> str:
+    """What there is, in a sentence."""
+    sizes = f", {' or '.join(world.sizes)}" if len(world.sizes) > 1 else ""
+    colours = f"{', '.join(world.colours[:-1])} or {world.colours[-1]}"
+    return f"it draws one to {NUMBERS[world.max_objects]} shapes ({', '.join(world.shapes)}), each {colours}{sizes}"
 
 
 def relation(a: Object, b: Object) -> str | None:
@@ -275,11 +291,12 @@ def description(scene: Scene, world: World) -> str:
 
 
 def plan(scene: Scene, world: World) -> str:
-    """All that is there, each object with its place, in hundredths of the side from the left and from above."""
+    """Each object's place, in hundredths of the side from the left and from above, and all that can be said of it.
+
+    The place comes first: to whoever reads on, every word about an object then says where it belongs.
+    """
     attributes = world.sayable(NAMES)[-1]
-    return " and ".join(
-        f"{article(o.name(attributes))} at {100 * o.x:.0f} {100 * o.y:.0f}" for o in _in_order(scene, world)
-    )
+    return ", ".join(f"{100 * o.x:.0f} {100 * o.y:.0f} {o.name(attributes)}" for o in _in_order(scene, world))
 
 
 def _in_order(scene: Scene, world: World) -> list[Object]:

@@ -226,3 +226,55 @@ def test_the_released_tokenizer_has_a_configuration() -> None:
     _, config = settings("tokenizer", TokenizerTraining, ["vargpt-7b", "data.folder=photos"])
     assert config.vqvae == vargpt.preset("vargpt-7b").vqvae
     assert config.vqvae.image_size == 256
+
+
+@pytest.mark.parametrize("name", ["published", "fixed"])
+def test_the_published_stages_train_what_they_say(tmp_path: Path, name: str) -> None:
+    assert run_tokenizer(tmp_path / "tokenizer", "schedule.steps=1") == 0
+    tokenizer = tmp_path / "tokenizer" / "model"
+    short = [
+        f"stages.{i}.{key}" for i in range(3) for key in ("schedule.steps=1", "accumulate=1", "data=[{world: nano}]")
+    ]
+    sizes = ["preset=nano", f"tokenizer={tokenizer}", "start=[]", "validation=2", *short]
+    assert train.main([name, *sizes, "--out", str(tmp_path / "run")]) == 0
+    before = build(vargpt.load(tmp_path / "run" / "stage1" / "model").config).state_dict()
+    parts = {"stage1": {"gen_in", "gen_out", "var"}, "stage2": {"llm"}, "stage3": {"var", "gen_in", "gen_out"}}
+    parts["stage2"] |= {"projector"} if name == "fixed" else set()
+    for stage, expected in parts.items():
+        after = weights(tmp_path / "run" / stage)
+        changed = {n for n in after if not n.startswith("vqvae.") and not torch.equal(after[n], before[n])}
+        assert {n.split(".")[0] for n in changed} == expected
+        before = after
+        if stage == "stage1":
+            assert {n for n in changed if n.startswith("var.")} == {"var.class_embed.weight"}
+
+
+def test_a_training_starts_from_the_parts_that_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_tokenizer(tmp_path / "tokenizer", "schedule.steps=1") == 0
+    tokenizer = tmp_path / "tokenizer" / "model"
+    arguments = ["nano", f"tokenizer={tokenizer}", "validation=2", "stages.0.rows={drawing: 1, question: 0, text: 0}"]
+    first = [*arguments, "stages.0.schedule={steps: 1, lr: 0.001}", "--out", str(tmp_path / "first")]
+    assert train.main(first) == 0
+    started = [*arguments, "seed=5", f"start=[{tmp_path / 'first' / 'joint' / 'model'}]"]
+    still = [*started, "stages.0.schedule={steps: 1, lr: 0.0}", "stages.0.trains=[var.head]"]
+    assert train.main([*still, "--out", str(tmp_path / "second")]) == 0
+    ours, theirs = weights(tmp_path / "first" / "joint"), weights(tmp_path / "second" / "joint")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert train.main(["nano", f"tokenizer={tokenizer}", "start=[tiny]", "--out", str(tmp_path / "third")]) == 2
+    assert "cannot start from tiny: its llm is not of the same sizes" in capsys.readouterr().err
+
+
+def test_half_precision_trains_to_nearly_the_same_loss() -> None:
+    tokenizer = SentencePieceTokenizer.from_directory(train.TOKENIZER, vocab_size=640)
+    model = build(vargpt.preset("nano"), seed=0, tokenizer=tokenizer)
+    source = ShapeChats("nano", 32, plan=True)
+    batch = collate(model, [source.example("drawing", 0, i, "train") for i in range(2)])
+    whole = train.forward(model, batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        half = train.forward(model, batch).loss
+    assert whole is not None
+    assert half is not None
+    half.backward()
+    assert half.item() == pytest.approx(whole.item(), rel=0.01)
+    assert half.item() != whole.item()  # it was at work
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
