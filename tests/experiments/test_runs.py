@@ -260,8 +260,10 @@ def test_a_training_starts_from_the_parts_that_it_is_given(tmp_path: Path, capsy
     assert train.main([*still, "--out", str(tmp_path / "second")]) == 0
     ours, theirs = weights(tmp_path / "first" / "joint"), weights(tmp_path / "second" / "joint")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert train.main(["nano", f"tokenizer={tokenizer}", "start=[tiny]", "--out", str(tmp_path / "third")]) == 2
-    assert "cannot start from tiny: its llm is not of the same sizes" in capsys.readouterr().err
+    assert run_tokenizer(tmp_path / "other", "schedule.steps=1", "vqvae.latent_channels=8") == 0
+    other = tmp_path / "other" / "model"
+    assert train.main([*arguments, f"start=[{other}]", "--out", str(tmp_path / "third")]) == 2
+    assert f"cannot start from {other}: its vqvae is not of the same sizes" in capsys.readouterr().err
 
 
 def test_half_precision_trains_to_nearly_the_same_loss() -> None:
