@@ -33,7 +33,7 @@ from vargpt.sampling import GREEDY, Guidance, generators
 from vargpt.text import TEMPLATES, ByteTokenizer
 
 SIDES = (1, 2)
-NAMES = [field.name for field in fields(Choices)]
+NAMES = [field.name for field in fields(Choices) if field.name != "plan"]  # of which the published code has none
 ROW = [9, 12, TOKENS.gen_start, *[TOKENS.gen_pad] * 5, TOKENS.gen_end, 20]
 
 

@@ -49,8 +49,8 @@ class Choices:
     inference_template: str
     """Chat template of inference; the published one adds the BOS token that training never showed."""
     plan: bool = False
-    """Whether a request to draw is first answered in words (a plan, say), which the drawing then follows. Without, a
-    drawing starts right after the request."""
+    """Whether a request to draw is first answered in words (a plan, say), which the drawing then follows. Without, as
+    in both presets, a drawing starts right after the request."""
 
     def __post_init__(self) -> None:
         if self.null not in ("noise", "class", "prompt"):

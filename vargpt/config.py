@@ -139,8 +139,8 @@ def _small(
 
 NANO = _small(
     VqvaeConfig(
-        patch_nums=(1, 2, 3, 4),
-        vocab_size=512,
+        patch_nums=(2, 4, 4),
+        vocab_size=256,
         latent_channels=16,
         channels=32,
         channel_multipliers=(1, 1, 2, 2),
@@ -155,17 +155,17 @@ NANO = _small(
 )
 TINY = _small(
     VqvaeConfig(
-        patch_nums=(1, 2, 3, 4, 6, 8),
-        vocab_size=512,
+        patch_nums=(4, 8, 8),
+        vocab_size=256,
         latent_channels=16,
-        channels=32,
-        channel_multipliers=(1, 2, 2, 3),
+        channels=16,
+        channel_multipliers=(1, 2, 4, 6),
         res_blocks=1,
-        norm_groups=16,
+        norm_groups=8,
     ),
-    width=256,
-    depth=6,
-    vision_width=160,
+    width=192,
+    depth=5,
+    vision_width=128,
     vision_depth=5,
     patch_size=8,
 )
