@@ -285,3 +285,23 @@ def test_released_size_on_the_meta_device() -> None:
         assert vqvae.latent(torch.empty(1, 3, 256, 256)).shape == (1, 32, 16, 16)
         assert vqvae.decode_latent(torch.empty(1, 32, 16, 16)).shape == (1, 3, 256, 256)
     assert sum(p.numel() for p in vqvae.parameters()) == 108_948_355
+
+
+def test_a_prefix_of_scales_is_what_is_kept() -> None:
+    vqvae = small_vqvae(patch_nums=(1, 2, 4)).train()
+    images = pictures(vqvae, batch=5)
+    latent = vqvae.latent(images)
+    keep = torch.tensor([1, 2, 3, 4, 3])  # of 3 scales: 4 stands for the latent itself
+    kept, whole = vqvae.quantizer(latent, keep), vqvae.quantizer(latent)
+    f_hat, prefixes = None, []
+    for scale, indices in enumerate(whole.indices):
+        f_hat = vqvae.add_scale(scale, indices, f_hat)
+        prefixes.append(f_hat)
+    expected = torch.stack([[*prefixes, latent][count - 1][row] for row, count in enumerate(keep.tolist())])
+    close(kept.f_hat, expected)
+    assert not torch.equal(kept.f_hat[0], whole.f_hat[0])
+    close(kept.vq_loss, whole.vq_loss)
+    close(kept.commitment_loss, whole.commitment_loss)
+    upstream = numbers(*latent.shape, seed=3)
+    (gradient,) = torch.autograd.grad((kept.f_hat * upstream).sum(), latent)
+    close(gradient, upstream)  # straight through, whatever is kept

@@ -104,7 +104,8 @@ class MultiScaleVQVAE(nn.Module):
         """Reconstruct, with the losses that need no second network (VAR, section 3.3).
 
         Args:
-            keep: how many scales of each picture to reconstruct it from; by default all.
+            keep: how many scales of each picture to reconstruct it from; by default all S. S + 1: from the latent
+                before quantization.
         """
         quantized = self.quantizer(self.latent(images), keep)
         reconstruction = self.decoder(self.post_quant_conv(quantized.f_hat))

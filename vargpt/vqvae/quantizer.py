@@ -81,8 +81,9 @@ class MultiScaleQuantizer(nn.Module):
         Gradients of ``vq_loss`` reach the codes, those of ``commitment_loss`` the latent.
 
         Args:
-            keep: how many scales of each picture ``f_hat`` sums up, from the first; by default all. Pictures decoded
-                from a prefix teach the coarse scales to carry the picture. The losses always run over all scales.
+            keep: how many scales of each picture ``f_hat`` sums up, from the first; by default all S. Pictures decoded
+                from a prefix teach the coarse scales to carry the picture; S + 1 stands for the latent itself, not
+                quantized. The losses always run over all scales.
         """
         target, f_hat = f.detach(), torch.zeros_like(f)
         residual, kept = target, f_hat
