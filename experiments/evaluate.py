@@ -152,12 +152,13 @@ def drawing_prompts(world: World, settings: Settings, *, heldout: bool = False) 
 
 
 def pictures(model: VARGPT, specs: Sequence[PromptSpec], settings: Settings, number: int = 0) -> list[Image.Image]:
-    """Drawings of prompts, each with a seed of its own batch."""
+    """Drawings of prompts, each with a seed of its own."""
     s = settings
+    first = s.seed * 1_000_003 + number * s.batch
     drawn = draw(
         model,
         [spec.prompt for spec in specs],
-        seed=s.seed + number,
+        seed=range(first, first + len(specs)),
         cfg=s.cfg,
         null=s.null,
         temperature=s.temperature,

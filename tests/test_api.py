@@ -69,6 +69,17 @@ def test_a_picture_depends_on_its_own_prompt_and_seed_alone(
     assert all(map(bool, both.plans)) if plan else not any(both.plans)
 
 
+def test_every_prompt_may_have_its_own_seed(model: VARGPT) -> None:
+    prompts = ["a red circle", "a star", "a red circle"]
+    drawn = vargpt.draw(model, prompts, seed=[3, 9, 4]).images
+    alone = [vargpt.draw(model, [p], seed=s).images[0] for p, s in zip(prompts, (3, 9, 4), strict=True)]
+    for ours, theirs in zip(drawn, alone, strict=True):
+        assert np.abs(pixels(ours).astype(int) - pixels(theirs)).max() <= 1
+    assert not np.array_equal(pixels(drawn[0]), pixels(drawn[2]))
+    with pytest.raises(ValueError, match="2 seeds do not match 3 prompts"):
+        vargpt.draw(model, prompts, seed=[1, 2])
+
+
 def test_a_plan_is_written_before_the_picture_and_read_by_it(model: VARGPT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "choices", replace(model.choices, plan=True))
     monkeypatch.setattr(api, "PLAN_LENGTH", 7)

@@ -39,8 +39,8 @@ class DrawOutput:
     images: list[Image]
     indices: tuple[Int[Tensor, "B _"], ...]
     """One index map per scale, for all pictures."""
-    seed: int
-    """Picture i of each prompt was drawn with seed + i."""
+    seed: int | Sequence[int]
+    """Picture i of a prompt was drawn with seed + i, or with the prompt's own seed + i."""
     plans: list[str]
     """What the model wrote before each picture; empty texts where it draws at once."""
 
@@ -64,7 +64,7 @@ def draw(
     prompts: Sequence[str],
     *,
     n: int = 1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     cfg: float = 1.5,
     cfg_ramp: Literal["linear", "constant"] = "linear",
     temperature: float = 1.0,
@@ -80,6 +80,7 @@ def draw(
 
     Args:
         prompts: what to say to the model, as a user would.
+        seed: of the first picture of each prompt, the next has one more, ...; or a seed for every prompt.
         cfg, cfg_ramp: strength of guidance towards the prompt, and how it grows over the scales.
         temperature, top_k, top_p: how tokens are drawn; temperature 0 takes the best.
         null: the unconditional branch; by default the model's own choice.
@@ -95,6 +96,9 @@ def draw(
         raise ValueError("prompts is a list: give [prompt] for a single one")
     if not prompts or n < 1:
         raise ValueError(f"there is nothing to draw: {len(prompts)} prompts, {n} pictures each")
+    firsts = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(firsts) != len(prompts):
+        raise ValueError(f"{len(firsts)} seeds do not match {len(prompts)} prompts: give one for each, or one for all")
     planned, start = model.choices.plan, model.tokens.gen_start
     begin = [] if planned else [start]
     rows = [encode_messages(model, [ChatMessage(role="user", content=prompt)])[0] + begin for prompt in prompts]
@@ -103,7 +107,7 @@ def draw(
     if n > 1:
         copies = torch.arange(len(prompts), device=model.device).repeat_interleave(n)
         context, hidden = context.select(copies), hidden[copies]
-    random = generators([seed + i for _ in prompts for i in range(n)], model.device)
+    random = generators([first + i for first in firsts for i in range(n)], model.device)
     plans = [""] * len(random)
     if planned:
         # Numbers of its own for each row's plan: how many are used up depends on the longest plan of the batch.
