@@ -266,6 +266,32 @@ def test_a_training_starts_from_the_parts_that_it_is_given(tmp_path: Path, capsy
     assert f"cannot start from {other}: its vqvae is not of the same sizes" in capsys.readouterr().err
 
 
+def test_record_files_train_beside_the_small_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_tokenizer(tmp_path / "tokenizer", "schedule.steps=1") == 0
+    for name in ("astronaut", "chelsea", "coffee"):
+        Image.fromarray(getattr(skimage.data, name)()).save(tmp_path / f"{name}.png")
+    drawn = {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": "<image_gen>"}]}
+    asked = {"conversations": [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A woman."}]}
+    rows = [drawn | {"images": ["chelsea.png"]}, drawn | {"images": ["coffee.png"]}, asked | {"image": "astronaut.png"}]
+    (tmp_path / "records.json").write_text(json.dumps(rows))
+    arguments = [
+        "nano",
+        f"tokenizer={tmp_path / 'tokenizer' / 'model'}",
+        "stages.0.rows={drawing: 2, question: 2, text: 0}",
+        "stages.0.schedule={steps: 3, lr: 0.001}",
+        "validation=2",
+        "plan=false",
+    ]
+    records = f"{{records: {tmp_path / 'records.json'}, cache: true}}"
+    mixed = [*arguments, f"data=[{records}, {{world: nano}}]", "--out", str(tmp_path / "run")]
+    assert train.main(mixed) == 0
+    assert len(list((tmp_path / "run" / "image_tokens").glob("*.safetensors"))) == 1
+    assert vargpt.load(tmp_path / "run" / "joint" / "model").config.knows is None  # it has seen more than a world
+    wanting = [*arguments, f"data=[{records}]", "stages.0.rows.text=1", "--out", str(tmp_path / "other")]
+    assert train.main(wanting) == 2
+    assert "stage 'joint' has no examples of kind 'text'" in capsys.readouterr().err
+
+
 def test_half_precision_trains_to_nearly_the_same_loss() -> None:
     tokenizer = SentencePieceTokenizer.from_directory(train.TOKENIZER, vocab_size=640)
     model = build(vargpt.preset("nano"), seed=0, tokenizer=tokenizer)
