@@ -20,6 +20,9 @@ class VqvaeConfig:
     attention: bool = True
     """Self-attention at the lowest resolution; the middle of both networks always has it."""
     norm_groups: int = 32
+    local: bool = False
+    """No attention, and norms of every position by itself instead of group norms: what a token is then follows from
+    the pixels around it. Otherwise every token depends on the whole picture, and another object changes them all."""
     num_phi: int = 4
     """Convolutions phi shared among the scales; 0 adds the upsampled codes as they are."""
     phi_ratio: float = 0.5
@@ -36,7 +39,7 @@ class VqvaeConfig:
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(f"channel_multipliers must be one or more, all above 0, not {self.channel_multipliers}")
         for multiplier in self.channel_multipliers:
-            if self.channels * multiplier % self.norm_groups:
+            if not self.local and self.channels * multiplier % self.norm_groups:
                 raise ValueError(
                     f"{self.channels} x {multiplier} channels do not split into norm_groups = {self.norm_groups}"
                 )

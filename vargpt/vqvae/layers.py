@@ -15,8 +15,16 @@ from vargpt.vqvae.config import VqvaeConfig
 # Submodules keep VQGAN's names (block, norm1, nin_shortcut, ...), which every public checkpoint of the family uses.
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+class ChannelNorm(nn.LayerNorm):
+    """Normalises the channels of every position by themselves, so that no position learns of another."""
+
+    def forward(self, input: Float[Tensor, "B A h w"]) -> Float[Tensor, "B A h w"]:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+def _norm(channels: int, groups: int) -> nn.Module:
+    """Group norm; with 0 groups :class:`ChannelNorm`."""
+    return nn.GroupNorm(groups, channels, eps=1e-6) if groups else ChannelNorm(channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -94,10 +102,10 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, *, attend: bool) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
+        self.attn_1 = AttnBlock(channels, groups) if attend else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Float[Tensor, "B A h w"]) -> Float[Tensor, "B A h w"]:
@@ -110,15 +118,15 @@ class Encoder(nn.Module):
     def __init__(self, config: VqvaeConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
-        groups, last = config.norm_groups, len(widths) - 1
+        groups, last = 0 if config.local else config.norm_groups, len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         levels, inner = [], config.channels
         for i, width in enumerate(widths):
-            attend = config.attention and i == last
+            attend = config.attention and not config.local and i == last
             levels.append(Level([inner] + [width] * config.res_blocks, groups, attend=attend, downsample=i < last))
             inner = width
         self.down = nn.ModuleList(levels)
-        self.mid = Middle(inner, groups)
+        self.mid = Middle(inner, groups, attend=not config.local)
         self.norm_out = _norm(inner, groups)
         self.conv_out = nn.Conv2d(inner, config.latent_channels, 3, padding=1)
 
@@ -135,13 +143,13 @@ class Decoder(nn.Module):
     def __init__(self, config: VqvaeConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
-        groups, last = config.norm_groups, len(widths) - 1
+        groups, last = 0 if config.local else config.norm_groups, len(widths) - 1
         inner = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, inner, 3, padding=1)
-        self.mid = Middle(inner, groups)
+        self.mid = Middle(inner, groups, attend=not config.local)
         levels = []
         for i, width in reversed(list(enumerate(widths))):
-            attend = config.attention and i == last
+            attend = config.attention and not config.local and i == last
             levels.append(Level([inner] + [width] * (config.res_blocks + 1), groups, attend=attend, upsample=i > 0))
             inner = width
         self.up = nn.ModuleList(reversed(levels))
