@@ -105,10 +105,14 @@ def test_validation_records_are_not_trained_on(folder: Path) -> None:
 
 def test_random_crops_follow_from_seed_and_number(folder: Path) -> None:
     source = Records(read_records(written(folder, [PUBLISHED])), 32)
-    drawings = [source.example("drawing", 0, index, "train").drawings[0] for index in (0, 1, 0)]
-    assert all(isinstance(d, torch.Tensor) for d in drawings)
-    assert torch.equal(drawings[0], drawings[2])  # type: ignore[arg-type]
-    assert not torch.equal(drawings[0], drawings[1])  # type: ignore[arg-type]
+
+    def drawing(index: int) -> torch.Tensor:
+        drawn = source.example("drawing", 0, index, "train").drawings[0]
+        assert isinstance(drawn, torch.Tensor)
+        return drawn
+
+    assert torch.equal(drawing(0), drawing(0))
+    assert not torch.equal(drawing(0), drawing(1))
 
 
 def test_cached_tokens_are_those_of_the_picture(folder: Path, model: VARGPT, monkeypatch: pytest.MonkeyPatch) -> None:

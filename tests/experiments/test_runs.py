@@ -23,6 +23,7 @@ from experiments.data.shapes_chat import ShapeChats
 from experiments.run import Schedule, settings
 from experiments.train_tokenizer import TokenizerTraining
 from vargpt.build import build
+from vargpt.model import VARGPT
 from vargpt.text import SentencePieceTokenizer
 
 SMALL = [
@@ -133,17 +134,23 @@ def test_a_whole_model_trains_in_stages_and_resumes(tmp_path: Path, monkeypatch:
     assert all(name.startswith(("gen_in", "gen_out", "var.class_embed")) for name in changed)
 
 
-def test_recomputing_activations_changes_no_gradient() -> None:
+def drawing_loss(*, recompute: bool) -> tuple[VARGPT, torch.Tensor]:
+    """A small model, and its loss on drawings."""
     tokenizer = SentencePieceTokenizer.from_directory(train.TOKENIZER, vocab_size=640)
+    model = build(vargpt.preset("nano"), seed=0, tokenizer=tokenizer)
+    if recompute:
+        train.recompute_blocks(model)
+    source = ShapeChats("nano", 32, plan=True)
+    loss = train.forward(model, collate(model, [source.example("drawing", 0, i, "train") for i in range(3)])).loss
+    assert loss is not None
+    return model, loss
+
+
+def test_recomputing_activations_changes_no_gradient() -> None:
     gradients = []
     for recompute in (False, True):
-        model = build(vargpt.preset("nano"), seed=0, tokenizer=tokenizer)
-        if recompute:
-            train.recompute_blocks(model)
-        source = ShapeChats("nano", 32, plan=True)
-        out = train.forward(model, collate(model, [source.example("drawing", 0, i, "train") for i in range(3)]))
-        assert out.loss is not None
-        out.loss.backward()
+        model, loss = drawing_loss(recompute=recompute)
+        loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.allclose(g, gradients[1][n], rtol=1e-5, atol=1e-7) for n, g in gradients[0].items())
@@ -151,25 +158,18 @@ def test_recomputing_activations_changes_no_gradient() -> None:
 
 
 def test_recomputing_keeps_fewer_activations() -> None:
-    tokenizer = SentencePieceTokenizer.from_directory(train.TOKENIZER, vocab_size=640)
-    kept = []
-    for recompute in (False, True):
-        model = build(vargpt.preset("nano"), seed=0, tokenizer=tokenizer)
-        if recompute:
-            train.recompute_blocks(model)
-        source = ShapeChats("nano", 32, plan=True)
-        batch = collate(model, [source.example("drawing", 0, 0, "train")])
-        bytes_kept = 0
+    def kept(recompute: bool) -> int:
+        sizes: list[int] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal bytes_kept
-            bytes_kept += tensor.numel() * tensor.element_size()
+            sizes.append(tensor.nbytes)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            train.forward(model, batch)
-        kept.append(bytes_kept)
-    assert kept[1] < kept[0] / 2
+            drawing_loss(recompute=recompute)
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 2
 
 
 def test_photographs_train_a_tokenizer(tmp_path: Path) -> None:
