@@ -44,11 +44,11 @@ def speedrun(out: Path, seed: int, n: int, changes: dict[str, list[str]]) -> Pat
     _, tokenizer = settings(
         "tokenizer", train_tokenizer.TokenizerTraining, [WORLD, f"seed={seed}", *changes["tokenizer"]]
     )
+    place = f"tokenizer={out / 'tokenizer' / 'model'}"
+    _, training = settings("train", train.Training, [WORLD, place, f"seed={seed}", *changes["train"]])
     with times.measured("image tokenizer"):
         if not (out / "tokenizer" / "model" / "config.json").is_file():
             train_tokenizer.train(tokenizer, out / "tokenizer", cpu)
-    place = f"tokenizer={out / 'tokenizer' / 'model'}"
-    _, training = settings("train", train.Training, [WORLD, place, f"seed={seed}", *changes["train"]])
     with times.measured("model"):
         train.train(training, out / "model", cpu)
     trained = out / "model" / training.stages[-1].name
