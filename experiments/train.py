@@ -113,6 +113,9 @@ class Training:
     evaluate_every: int = 1000
     validation: int = 256
 
+    def __post_init__(self) -> None:
+        preset(self.preset)  # an unknown name shows here, not after the image tokenizer has trained
+
 
 def assemble(config: Training) -> VargptConfig:
     """The preset with the trained image tokenizer's sizes in it."""

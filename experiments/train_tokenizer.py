@@ -40,7 +40,7 @@ class CodebookConfig:
     restart_until: float = 0.7
     """Share of the training after which codes stay where they are."""
     restart_below: float = 0.05
-    """A code is hardly used below this share of the mean use."""
+    """A code is hardly used where no scale chooses it for this share of its mean use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ class CodeUse(nn.Module):
         if not due or restart is None:
             return
         share_SV = self.hits_SV / self.hits_SV.sum(1, keepdim=True).clamp(min=1e-8)
-        dead = (share_SV.mean(0) <= c.restart_below / len(codebook)).nonzero()[:, 0]
+        dead = (share_SV.amax(0) <= c.restart_below / len(codebook)).nonzero()[:, 0]
         if not len(dead):
             return
         unused_S = 1 - (share_SV > c.restart_below / len(codebook)).float().mean(1)

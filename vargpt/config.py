@@ -145,7 +145,7 @@ NANO = _small(
         channels=32,
         channel_multipliers=(1, 1, 2, 2),
         res_blocks=1,
-        norm_groups=16,
+        local=True,
     ),
     width=128,
     depth=4,
@@ -156,12 +156,12 @@ NANO = _small(
 TINY = _small(
     VqvaeConfig(
         patch_nums=(4, 8, 8),
-        vocab_size=256,
+        vocab_size=128,
         latent_channels=16,
         channels=16,
         channel_multipliers=(1, 2, 4, 6),
         res_blocks=1,
-        norm_groups=8,
+        local=True,
     ),
     width=192,
     depth=5,

@@ -245,6 +245,8 @@ NAMES = (("shape",), ("colour", "shape"), ("size", "colour", "shape"))
 """The attributes that a name is made of, from little detail to all."""
 PLACES = "List all objects with their places."
 """Asked in training only: its answer, a plan, has all that other questions ask for."""
+LAYOUT = "Where would you put {}?"
+"""Asked in training only: it teaches to plan at a fraction of a drawing's cost."""
 DESCRIBE = ("Describe the image.", "What is in the picture?", "What do you see?")
 
 
@@ -308,12 +310,12 @@ def _in_order(scene: Scene, world: World) -> list[Object]:
 def caption(scene: Scene, world: World, rng: Random) -> str:
     """What a user might ask for and get this scene: in any order, with more or less detail.
 
-    Of two objects half the captions say how they stand to each other, where that is clear.
+    Of two objects most captions say how they stand to each other, where that is clear.
     """
     attributes = rng.choice(world.sayable([*NAMES, ("colour", "shape")]))
     objects = rng.sample(scene.objects, len(scene.objects))
     names = [o.name(attributes) for o in objects]
-    if len(set(names)) == len(names) == 2 and rng.random() < 0.5 and (stands := relation(*objects)):
+    if len(set(names)) == len(names) == 2 and rng.random() < 0.75 and (stands := relation(*objects)):
         return f"{article(names[0])} {stands} {article(names[1])}"
     return listing(names)
 

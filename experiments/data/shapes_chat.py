@@ -8,12 +8,14 @@ from PIL import Image
 
 from experiments.data.chat import Example, Kind
 from experiments.data.shapes import (
+    LAYOUT,
     PLACES,
     QA,
     WORLDS,
     Scene,
     Split,
     World,
+    caption,
     description,
     plan,
     questions,
@@ -40,7 +42,7 @@ class ShapeChats:
         return frozenset(("drawing", "question", "text"))
 
     def example(self, kind: Kind, seed: int, index: int, split: Split) -> Example:
-        """A drawing, a question about a picture, or a question about a description."""
+        """A drawing, a question about a picture, or one about a description, half of these for a layout of it."""
         make = {"drawing": self._drawing, "question": self._question, "text": self._text}
         return make[kind](split, seed, index)
 
@@ -58,9 +60,11 @@ class ShapeChats:
         return Example(messages=_turn(f"{IMAGE}\n{qa.question}", qa.answer), images=[picture])
 
     def _text(self, split: Split, seed: int, index: int) -> Example:
-        """A question that a description answers: shows that not every request is one to draw."""
+        """A question that a description answers, or the plan of a scene: shows that not all is to be drawn."""
         scene = self._scene(split, "text", seed, index)
         rng = Random(f"text {split} {seed} {index}")
+        if rng.random() < 0.5:
+            return Example(messages=_turn(LAYOUT.format(caption(scene, self.world, rng)), plan(scene, self.world)))
         asked = [qa for qa in questions(scene, self.world, rng) if qa.kind in ("count", "existence")]
         qa = rng.choice(asked)
         told = description(scene, self.world)

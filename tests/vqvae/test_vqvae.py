@@ -305,3 +305,20 @@ def test_a_prefix_of_scales_is_what_is_kept() -> None:
     upstream = numbers(*latent.shape, seed=3)
     (gradient,) = torch.autograd.grad((kept.f_hat * upstream).sum(), latent)
     close(gradient, upstream)  # straight through, whatever is kept
+
+
+@pytest.mark.parametrize("local", [True, False])
+@torch.no_grad()
+def test_local_tokenizers_keep_far_places_apart(local: bool) -> None:
+    vqvae = small_vqvae((2, 24), local=local)
+    plain = pictures(vqvae, 1)
+    changed = plain.clone()
+    changed[..., :2, :2] = -changed[..., :2, :2]
+    latents = vqvae.latent(plain), vqvae.latent(changed)
+    assert not torch.equal(latents[0][..., 0, 0], latents[1][..., 0, 0])
+    assert torch.equal(latents[0][..., 18:, 18:], latents[1][..., 18:, 18:]) == local
+    f_hat = numbers(1, LATENT, 24, 24)
+    other = f_hat.clone()
+    other[..., :2, :2] += 1
+    far = [vqvae.decode_latent(f)[..., 36:, 36:] for f in (f_hat, other)]
+    assert torch.equal(*far) == local
