@@ -45,16 +45,21 @@ def summary_table(scores: dict[str, Share], settings: Settings) -> str:
     return "\n".join([note, "", "| measure | share | 95 % interval |", "|---|---|---|", *rows])
 
 
-def fill(file: Path, table: str) -> None:
-    """Put the table between a text's marks.
+def around(file: Path) -> tuple[str, str]:
+    """What a text says before its place for scores, and after it.
 
     Raises:
-        ValueError: a text without them.
+        ValueError: a text without such a place.
     """
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{file} has no place for scores: it needs the lines {BEGIN!r} and {END!r}, once each")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return text.split(BEGIN)[0], text.split(END)[1]
+
+
+def fill(file: Path, table: str) -> None:
+    """Put the table into a text's place for scores."""
+    before, after = around(file)
     with atomic_file(file) as out:
         out.write(f"{before}{BEGIN}\n{table}\n{END}{after}".encode())
 
@@ -71,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> None:
         folder = find(options.model)
         texts = [Path(t) for t in options.texts] if options.texts is not None else [folder / "README.md", README]
+        for text in texts:
+            around(text)  # scores take minutes: a text without a place for them shows before
         model, world, settings = load(folder), WORLDS[options.world], Settings(n=options.n, seed=options.seed)
         scores = evaluate(model, world, settings)
         write_scores(scores, settings, folder / "scores.json")

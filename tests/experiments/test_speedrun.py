@@ -90,9 +90,14 @@ def test_a_text_without_a_place_for_scores_is_refused_and_kept(
     text = tmp_path / "card.md"
     text.write_text("No place here.\n")
     model = finished / "model" / "joint" / "model"
+    scores = model / "scores.json"
+    scores.write_text("kept")
     assert card.main([str(model), "--world", "nano", "--n", "6", "--texts", str(text)]) == 2
     assert "has no place for scores" in capsys.readouterr().err
     assert text.read_text() == "No place here.\n"
+    assert scores.read_text() == "kept"  # nothing was scored in vain
+    assert card.main([str(model), "--texts", str(tmp_path / "nowhere.md")]) == 2
+    assert "nowhere.md has no place for scores" in capsys.readouterr().err
 
 
 def test_a_model_of_a_small_world_says_what_it_has_never_read(

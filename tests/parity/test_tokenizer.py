@@ -35,7 +35,9 @@ MARKED = st.lists(MIXED | st.sampled_from(MARKS), max_size=6).map("".join)
 def _fetched(vocabulary: Callable[[], Path]) -> Path:
     try:
         return vocabulary()
-    except vocabularies.Unreachable as error:
+    except (
+        vocabularies.Unreachable
+    ) as error:  # published vocabularies come from a registry, and not all machines have one
         pytest.skip(f"no vocabulary: {error}")
 
 
