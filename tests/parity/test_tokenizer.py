@@ -35,9 +35,7 @@ MARKED = st.lists(MIXED | st.sampled_from(MARKS), max_size=6).map("".join)
 def _fetched(vocabulary: Callable[[], Path]) -> Path:
     try:
         return vocabulary()
-    except (
-        vocabularies.Unreachable
-    ) as error:  # published vocabularies come from a registry, and not all machines have one
+    except vocabularies.Unreachable as error:  # they come from a registry, which not every machine can reach
         pytest.skip(f"no vocabulary: {error}")
 
 
