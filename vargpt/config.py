@@ -139,13 +139,15 @@ def _small(
 
 NANO = _small(
     VqvaeConfig(
-        patch_nums=(2, 4, 4),
-        vocab_size=256,
+        patch_nums=(4, 4),
+        vocab_size=64,
         latent_channels=16,
         channels=32,
         channel_multipliers=(1, 1, 2, 2),
         res_blocks=1,
         local=True,
+        num_phi=0,
+        quant_kernel=1,
     ),
     width=128,
     depth=4,
@@ -155,13 +157,15 @@ NANO = _small(
 )
 TINY = _small(
     VqvaeConfig(
-        patch_nums=(4, 8, 8),
-        vocab_size=128,
+        patch_nums=(8, 8),
+        vocab_size=64,
         latent_channels=16,
         channels=16,
         channel_multipliers=(1, 2, 4, 6),
         res_blocks=1,
         local=True,
+        num_phi=0,
+        quant_kernel=1,
     ),
     width=192,
     depth=5,

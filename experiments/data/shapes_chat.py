@@ -26,6 +26,10 @@ from experiments.data.shapes_pictures import as_tensor
 from vargpt.text import IMAGE, IMAGE_GEN
 
 
+TURNS = 4
+"""Most questions of a conversation without a drawing."""
+
+
 class ShapeChats:
     """Conversations about scenes of the small world, never the same twice in training.
 
@@ -42,7 +46,7 @@ class ShapeChats:
         return frozenset(("drawing", "question", "text"))
 
     def example(self, kind: Kind, seed: int, index: int, split: Split) -> Example:
-        """A drawing, a question about a picture, or one about a description, half of these for a layout of it."""
+        """A drawing, questions about a picture, or turns without pictures."""
         make = {"drawing": self._drawing, "question": self._question, "text": self._text}
         return make[kind](split, seed, index)
 
@@ -53,22 +57,26 @@ class ShapeChats:
         return Example(messages=_turn(asked, reply), drawings=[as_tensor([scene], self._size)[0]])
 
     def _question(self, split: Split, seed: int, index: int) -> Example:
+        """Several questions about one picture: it is seen once for all of them (as in LLaVA's conversations)."""
         scene = self._scene(split, "question", seed, index)
         rng = Random(f"question {split} {seed} {index}")
-        qa = rng.choice([*questions(scene, self.world, rng), QA("places", PLACES, plan(scene, self.world))])
-        picture = Image.fromarray(render(scene, self._size))
-        return Example(messages=_turn(f"{IMAGE}\n{qa.question}", qa.answer), images=[picture])
+        asked = [*questions(scene, self.world, rng), QA("places", PLACES, plan(scene, self.world))]
+        turns = [_turn(qa.question, qa.answer) for qa in rng.sample(asked, min(TURNS, len(asked)))]
+        turns[0][0]["content"] = f"{IMAGE}\n" + turns[0][0]["content"]
+        return Example(messages=sum(turns, []), images=[Image.fromarray(render(scene, self._size))])
 
     def _text(self, split: Split, seed: int, index: int) -> Example:
-        """A question that a description answers, or the plan of a scene: shows that not all is to be drawn."""
-        scene = self._scene(split, "text", seed, index)
+        """Questions that a description answers, and plans of scenes: shows that not all is to be drawn."""
         rng = Random(f"text {split} {seed} {index}")
-        if rng.random() < 0.5:
-            return Example(messages=_turn(LAYOUT.format(caption(scene, self.world, rng)), plan(scene, self.world)))
-        asked = [qa for qa in questions(scene, self.world, rng) if qa.kind in ("count", "existence")]
-        qa = rng.choice(asked)
-        told = description(scene, self.world)
-        return Example(messages=_turn(f"There is {told}. {qa.question}", qa.answer))
+        turns = []
+        for turn in range(TURNS):
+            scene = self._scene(split, "text", seed, TURNS * index + turn)
+            if rng.random() < 0.5:
+                turns += _turn(LAYOUT.format(caption(scene, self.world, rng)), plan(scene, self.world))
+                continue
+            qa = rng.choice([qa for qa in questions(scene, self.world, rng) if qa.kind in ("count", "existence")])
+            turns += _turn(f"There is {description(scene, self.world)}. {qa.question}", qa.answer)
+        return Example(messages=turns)
 
     def _scene(self, split: Split, purpose: str, seed: int, index: int) -> Scene:
         # Each purpose sees scenes of its own, further apart than any training counts.

@@ -1,8 +1,8 @@
 """Trains the vocabulary of the embedded tiny model: ``python vargpt/assets/build_tokenizer.py [DIRECTORY]``.
 
-LLaMA's recipe (sentencepiece BPE, byte fallback, identity normalization, single digits, no space removed) on sentences
-about coloured shapes, made up here. 635 pieces and 5 special tokens: 640 ids. The same corpus and sentencepiece give
-the same file, byte for byte.
+LLaMA's recipe (sentencepiece BPE, byte fallback, identity normalization, no space removed) on sentences about coloured
+shapes, made up here; but numbers stay whole, so that a coordinate is one token. 635 pieces and 5 special tokens: 640
+ids. The same corpus and sentencepiece give the same file, byte for byte.
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ from pathlib import Path
 
 import sentencepiece
 
-PIECES = 635  # enough for every colour, shape, size, relation and number word to be one piece
+PIECES = 635  # enough for every colour, shape, size, relation, number word and coordinate to be one piece
 SPECIAL = ("<image>", "<pad>", "<image_gen_start>", "<image_gen_end>", "<image_gen_pad>")
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 COLOURS = (
     *("red", "green", "blue", "yellow", "purple", "orange"),
@@ -31,16 +27,24 @@ COLOURS = (
 SIZES = ("small", "large", "tiny", "big")
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
-SYSTEM_PROMPTS = 100  # often enough for its words to become pieces
+REQUESTS = (
+    "Please design a drawing of {}.",
+    "Please create a painting of {}.",
+    "Could you create an image of {}?",
+    "Can you draw {}?",
+    "Please draw {}.",
+    "I need a picture of {}.",
+    "Generate an image of {}.",
+    "Draw {}.",
+)
 
 
-def corpus(conversations: int = 2000, seed: int = 0) -> Iterator[str]:
+def corpus(conversations: int = 3000, seed: int = 0) -> Iterator[str]:
     """Conversations as they are written down for training, one line per turn."""
     rng = random.Random(seed)
-    for _, turn in zip(range(conversations), itertools.cycle((_drawing, _colour, _count, _relation, _caption))):
+    for _, turn in zip(range(conversations), itertools.cycle((_drawing, _colour, _count, _relation, _caption, _plan))):
         question, answer = turn(rng)
         yield f"USER: {question} ASSISTANT: {answer}"
-    yield from [SYSTEM] * SYSTEM_PROMPTS
 
 
 def _object(rng: random.Random) -> str:
@@ -52,44 +56,57 @@ def _article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
 def _scene(rng: random.Random) -> str:
     first, second = _article(_object(rng)), _article(_object(rng))
-    return rng.choice((first, f"{first} {rng.choice(RELATIONS)} {second}", f"{first} and {second}"))
+    several = f"{rng.choice(COUNTS[2:4])} {_plural(_object(rng))}"
+    return rng.choice((first, several, f"{first} {rng.choice(RELATIONS)} {second}", f"{first} and {second}"))
 
 
 def _drawing(rng: random.Random) -> tuple[str, str]:
-    requests = ("Please draw {}.", "Draw {}.", "Can you draw {}?", "Please design a drawing of {}.", "I need {}.")
-    answers = ("Here it is.", "Here is the drawing.", "Sure, here it is.")
-    return rng.choice(requests).format(_scene(rng)), rng.choice(answers)
+    return rng.choice(REQUESTS).format(_scene(rng)), rng.choice(("Here it is.", "Here is the drawing."))
 
 
 def _colour(rng: random.Random) -> tuple[str, str]:
     shape, colour = rng.choice(SHAPES), rng.choice(COLOURS)
     if rng.random() < 0.5:
-        return f"What colour is the {shape}?", rng.choice((f"The {shape} is {colour}.", f"{colour.capitalize()}."))
-    return f"Is the {shape} {colour}?", rng.choice(("Yes", "No")) + rng.choice((".", f", it is {colour}."))
+        return f"What colour is the {shape}?", rng.choice((f"The {shape} is {colour}.", colour))
+    return f"Is the {shape} {colour}?", rng.choice(("yes", "no", f"No, it is {colour}."))
 
 
 def _count(rng: random.Random) -> tuple[str, str]:
     number, shape, colour = rng.randrange(len(COUNTS)), rng.choice(SHAPES), rng.choice(COLOURS)
-    plural = {"cross": "crosses"}.get(shape, shape + "s")
-    what = rng.choice(("objects", plural, f"{colour} {plural}", f"{colour} objects"))
+    what = rng.choice(("objects", _plural(shape), f"{colour} {_plural(shape)}", f"{colour} objects"))
     spelled = COUNTS[number]
     there = f"There is one {shape}." if number == 1 else f"There are {spelled} {what}."
-    return f"How many {what} are there?", rng.choice((there, f"{spelled.capitalize()}.", f"{number}"))
+    return f"How many {what} are there?", rng.choice((there, spelled, f"{number}"))
 
 
 def _relation(rng: random.Random) -> tuple[str, str]:
     first, second, relation = _object(rng), _object(rng), rng.choice(RELATIONS)
     if rng.random() < 0.5:
         return f"Where is the {first}?", f"It is {relation} the {second}."
-    return f"Is the {first} {relation} the {second}?", rng.choice(("Yes.", "No.", "Yes, it is.", "No, it is not."))
+    return f"Is the {first} {relation} the {second}?", rng.choice(("yes", "no", "Yes, it is.", "No, it is not."))
 
 
 def _caption(rng: random.Random) -> tuple[str, str]:
     questions = ("What is in the picture?", "Describe the image.", "What do you see?", "What shape is this?")
     answers = ("The picture shows {}.", "There is {}.", "I see {} on a {background} background.", "It is {}.")
     return rng.choice(questions), rng.choice(answers).format(_scene(rng), background=rng.choice(COLOURS))
+
+
+def _plan(rng: random.Random) -> tuple[str, str]:
+    """Places in hundredths of the side, as multiples of 1/32."""
+    plan = ", ".join(
+        f"{100 * rng.randrange(33) / 32:.0f} {100 * rng.randrange(33) / 32:.0f} {_object(rng)}"
+        for _ in range(rng.randint(1, 3))
+    )
+    if rng.random() < 0.5:
+        return f"Where would you put {_scene(rng)}?", plan
+    return "List all objects with their places.", plan
 
 
 def build(directory: Path) -> None:
@@ -105,7 +122,7 @@ def build(directory: Path) -> None:
         normalization_rule_name="identity",
         add_dummy_prefix=True,
         remove_extra_whitespaces=False,
-        split_digits=True,
+        split_digits=False,
         unk_id=0,
         bos_id=1,
         eos_id=2,

@@ -21,8 +21,9 @@ class VqvaeConfig:
     """Self-attention at the lowest resolution; the middle of both networks always has it."""
     norm_groups: int = 32
     local: bool = False
-    """No attention, and norms of every position by itself instead of group norms: what a token is then follows from
-    the pixels around it. Otherwise every token depends on the whole picture, and another object changes them all."""
+    """Latents of their own pixels alone: no attention, norms of every position by itself, and an encoder whose kernels
+    do not overlap (1x1, and 2x2 of stride 2). Otherwise every token depends on the whole picture, and another object
+    changes them all. The decoder still looks around, by its 3x3 convolutions."""
     num_phi: int = 4
     """Convolutions phi shared among the scales; 0 adds the upsampled codes as they are."""
     phi_ratio: float = 0.5

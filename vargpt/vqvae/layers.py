@@ -28,14 +28,14 @@ def _norm(channels: int, groups: int) -> nn.Module:
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised 3x3 convolutions with a residual."""
+    """Two normalised convolutions with a residual."""
 
-    def __init__(self, inner: int, outer: int, groups: int) -> None:
+    def __init__(self, inner: int, outer: int, groups: int, kernel: int = 3) -> None:
         super().__init__()
         self.norm1 = _norm(inner, groups)
-        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
+        self.conv1 = nn.Conv2d(inner, outer, kernel, padding=kernel // 2)
         self.norm2 = _norm(outer, groups)
-        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
+        self.conv2 = nn.Conv2d(outer, outer, kernel, padding=kernel // 2)
         self.nin_shortcut = nn.Identity() if inner == outer else nn.Conv2d(inner, outer, 1)
 
     def forward(self, x: Float[Tensor, "B A h w"]) -> Float[Tensor, "B E h w"]:
@@ -60,14 +60,15 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution; the padding is on the right and below only."""
+    """Half the resolution; the padding of a kernel of 3 is on the right and below only, one of 2 needs none."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, kernel, stride=2)
+        self.padding = kernel - 2
 
     def forward(self, x: Float[Tensor, "B A h w"]) -> Float[Tensor, "B A h2 w2"]:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, self.padding, 0, self.padding)))
 
 
 class Upsample(nn.Module):
@@ -85,13 +86,13 @@ class Level(nn.Module):
     """The blocks of one resolution, with an optional change of resolution at their end."""
 
     def __init__(
-        self, widths: list[int], groups: int, *, attend: bool, downsample: bool = False, upsample: bool = False
+        self, widths: list[int], groups: int, *, attend: bool, kernel: int = 3, resample: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups, kernel) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(b, groups) if attend else nn.Identity() for b in widths[1:])
-        self.downsample = Downsample(widths[-1]) if downsample else nn.Identity()
-        self.upsample = Upsample(widths[-1]) if upsample else nn.Identity()
+        self.downsample = resample if isinstance(resample, Downsample) else nn.Identity()
+        self.upsample = resample if isinstance(resample, Upsample) else nn.Identity()
 
     def forward(self, x: Float[Tensor, "B A h w"]) -> Float[Tensor, "B E h2 w2"]:
         for block, attn in zip(self.block, self.attn, strict=True):
@@ -102,11 +103,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, groups: int, *, attend: bool) -> None:
+    def __init__(self, channels: int, groups: int, *, attend: bool, kernel: int = 3) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.block_1 = ResnetBlock(channels, channels, groups, kernel)
         self.attn_1 = AttnBlock(channels, groups) if attend else nn.Identity()
-        self.block_2 = ResnetBlock(channels, channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups, kernel)
 
     def forward(self, x: Float[Tensor, "B A h w"]) -> Float[Tensor, "B A h w"]:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -119,16 +120,20 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
         groups, last = 0 if config.local else config.norm_groups, len(widths) - 1
-        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        kernel = 1 if config.local else 3
+        self.conv_in = nn.Conv2d(3, config.channels, kernel, padding=kernel // 2)
         levels, inner = [], config.channels
         for i, width in enumerate(widths):
             attend = config.attention and not config.local and i == last
-            levels.append(Level([inner] + [width] * config.res_blocks, groups, attend=attend, downsample=i < last))
+            down = Downsample(width, 2 if config.local else 3) if i < last else None
+            levels.append(
+                Level([inner] + [width] * config.res_blocks, groups, attend=attend, kernel=kernel, resample=down)
+            )
             inner = width
         self.down = nn.ModuleList(levels)
-        self.mid = Middle(inner, groups, attend=not config.local)
+        self.mid = Middle(inner, groups, attend=not config.local, kernel=kernel)
         self.norm_out = _norm(inner, groups)
-        self.conv_out = nn.Conv2d(inner, config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(inner, config.latent_channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B Z h w"]:
         x = self.conv_in(x)
@@ -150,7 +155,8 @@ class Decoder(nn.Module):
         levels = []
         for i, width in reversed(list(enumerate(widths))):
             attend = config.attention and not config.local and i == last
-            levels.append(Level([inner] + [width] * (config.res_blocks + 1), groups, attend=attend, upsample=i > 0))
+            up = Upsample(width) if i > 0 else None
+            levels.append(Level([inner] + [width] * (config.res_blocks + 1), groups, attend=attend, resample=up))
             inner = width
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = _norm(inner, groups)
