@@ -140,7 +140,7 @@ def _small(
 NANO = _small(
     VqvaeConfig(
         patch_nums=(4, 4),
-        vocab_size=64,
+        vocab_size=32,
         latent_channels=16,
         channels=32,
         channel_multipliers=(1, 1, 2, 2),
