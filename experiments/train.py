@@ -178,7 +178,7 @@ class StageTrainer:
         sums: dict[str, float] = {}
         for part in range(stage.accumulate):
             number = step * stage.accumulate + part
-            # Drawings and answers go through apart: their rows differ in length, and padding is work.
+            # Each kind goes through apart: padding is work, and the many words of one would drown the few of another.
             for batch in self._batches(number):
                 with torch.autocast(self.model.device.type, torch.bfloat16, enabled=c.autocast):
                     out = forward(self.model, batch)
@@ -203,10 +203,9 @@ class StageTrainer:
             if c.drop_prompt:
                 examples = [without_prompt(e) if d else e for e, d in zip(examples, dropped, strict=True)]
             batches.append(collate(self.model, examples, dropped=dropped))
-        answers = _examples(self.source, "question", c.seed, number, rows.question)
-        answers += _examples(self.source, "text", c.seed, number, rows.text)
-        if answers:
-            batches.append(collate(self.model, answers))
+        for kind, count in (("question", rows.question), ("text", rows.text)):
+            if count:
+                batches.append(collate(self.model, _examples(self.source, kind, c.seed, number, count)))
         return batches
 
     def averaged(self) -> VARGPT:
