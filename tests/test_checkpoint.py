@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tests.convert.checkpoints import contents, published_config, published_stat
 from tests.models import stir
 from vargpt import checkpoint
 from vargpt.build import build, preset
-from vargpt.checkpoint import embedded_models, find, inventory, read
+from vargpt.checkpoint import find, inventory, read
 from vargpt.choices import PUBLISHED
 from vargpt.model import VARGPT
 from vargpt.text import ByteTokenizer
@@ -165,28 +164,6 @@ def test_a_directory_comes_before_the_hub(saved: Path, tmp_path: Path, monkeypat
     assert find("owner/name") == Path("owner/name")
 
 
-@pytest.fixture
-def untrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A model that comes with the package and has a seed in the place of weights."""
-    shutil.copytree(checkpoint.ASSETS / "tiny", tmp_path / "seedling", ignore=shutil.ignore_patterns("*.safetensors"))
-    config = tmp_path / "seedling" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"random_seed": 3}))
-    monkeypatch.setattr(checkpoint, "ASSETS", tmp_path)
-    return tmp_path
-
-
-@pytest.mark.usefixtures("untrained")
-def test_an_embedded_model_without_weights_warns_that_it_is_untrained() -> None:
-    assert embedded_models() == ["seedling"]
-    with pytest.warns(UserWarning, match="the embedded model 'seedling' is not trained yet: its weights are random"):
-        loaded = vargpt.load("seedling")
-    expected = build(loaded.config, seed=3)
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    with pytest.warns(UserWarning, match="not trained yet"):
-        assert vargpt.load("seedling", choices="published", dtype=torch.bfloat16).choices == PUBLISHED
-
-
 # The hub
 
 
@@ -271,15 +248,13 @@ def test_reading_a_checkpoint_of_parts(tmp_path: Path) -> None:
     vargpt.save(model, tmp_path)
     opened, tensors = read(tmp_path)
     assert opened == config
-    assert tensors is not None
     assert tensors.specs.keys() == model.state_dict().keys()
     assert vargpt.load(tmp_path).llm is None
     assert vargpt.load(tmp_path).tokenizer is None
 
 
 def test_a_model_is_saved_with_the_tokenizer_it_was_loaded_with(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="not trained yet"):
-        model = vargpt.load("tiny")
+    model = vargpt.load("tiny")
     vargpt.save(model, tmp_path)
     loaded = vargpt.load(tmp_path)
     assert model.tokenizer is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import torch
 from vargpt.build import build, preset
 from vargpt.choices import CHOICES, Choices
 from vargpt.config import PRESETS, VargptConfig
-from vargpt.config_json import describe, read_config, to_json
+from vargpt.config_json import describe, to_json
 from vargpt.convert import open_published, published_layout
 from vargpt.convert.check import check_tensors, expected_tensors, naming
 from vargpt.convert.published import copy_tokenizer
-from vargpt.files import read_json, write_json
+from vargpt.files import write_json
 from vargpt.model import VARGPT
 from vargpt.tensorfiles import MemorySource, TensorSource, TensorSpec, write_safetensors
 from vargpt.text import BYTES, ByteTokenizer, SentencePieceTokenizer, Tokenizer
@@ -56,13 +55,9 @@ def load(
     config, tensors = read(directory, patch_nums)
     if choices is not None:
         config = dataclasses.replace(config, choices=choices_named(choices))
-        if tensors is not None:
-            with naming(directory):
-                check_tensors(config, tensors)
+        with naming(directory):
+            check_tensors(config, tensors)
     tokenizer = read_tokenizer(directory, config)
-    if tensors is None:
-        seed = read_json(directory / "config.json")["random_seed"]
-        return build(config, seed=seed, tokenizer=tokenizer).to(device, dtype).eval()
     with torch.device("meta"):
         model = build(config, tokenizer=tokenizer)
     state = {name: tensors.read(name).to(device, dtype) for name in model.state_dict()}
@@ -72,17 +67,13 @@ def load(
     return model.to(device, dtype).eval()
 
 
-def read(directory: Path, patch_nums: tuple[int, ...] | None = None) -> tuple[VargptConfig, TensorSource | None]:
-    """Configuration and tensors of a directory, checked against each other; no tensors where the configuration asks
-    for random weights."""
+def read(directory: Path, patch_nums: tuple[int, ...] | None = None) -> tuple[VargptConfig, TensorSource]:
+    """Configuration and tensors of a directory, checked against each other."""
     layout = published_layout(directory)
     if layout == "var":
         raise ValueError(f"{directory} offers pickled weights: run `vargpt convert {directory} DST` and load DST")
     if layout == "ours" and patch_nums is not None:
         raise ValueError(f"{directory} is in our layout, whose config.json tells the scales: leave patch_nums out")
-    if layout == "ours" and "random_seed" in read_json(directory / "config.json"):
-        warnings.warn(f"the embedded model {directory.name!r} is not trained yet: its weights are random", stacklevel=3)
-        return read_config(directory), None
     published = open_published(directory, patch_nums)
     return published.config, published.source
 
