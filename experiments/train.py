@@ -203,9 +203,10 @@ class StageTrainer:
             if c.drop_prompt:
                 examples = [without_prompt(e) if d else e for e, d in zip(examples, dropped, strict=True)]
             batches.append(collate(self.model, examples, dropped=dropped))
-        for kind, count in (("question", rows.question), ("text", rows.text)):
-            if count:
-                batches.append(collate(self.model, _examples(self.source, kind, c.seed, number, count)))
+        if rows.question:
+            batches.append(collate(self.model, _examples(self.source, "question", c.seed, number, rows.question)))
+        if rows.text:
+            batches.append(collate(self.model, _examples(self.source, "text", c.seed, number, rows.text)))
         return batches
 
     def averaged(self) -> VARGPT:

@@ -25,7 +25,6 @@ from experiments.data.shapes import (
 from experiments.data.shapes_pictures import as_tensor
 from vargpt.text import IMAGE, IMAGE_GEN
 
-
 TURNS = 4
 """Most questions of a conversation without a drawing."""
 
@@ -61,9 +60,10 @@ class ShapeChats:
         scene = self._scene(split, "question", seed, index)
         rng = Random(f"question {split} {seed} {index}")
         asked = [*questions(scene, self.world, rng), QA("places", PLACES, plan(scene, self.world))]
-        turns = [_turn(qa.question, qa.answer) for qa in rng.sample(asked, min(TURNS, len(asked)))]
-        turns[0][0]["content"] = f"{IMAGE}\n" + turns[0][0]["content"]
-        return Example(messages=sum(turns, []), images=[Image.fromarray(render(scene, self._size))])
+        turns = []
+        for qa in rng.sample(asked, min(TURNS, len(asked))):
+            turns += _turn(qa.question if turns else f"{IMAGE}\n{qa.question}", qa.answer)
+        return Example(messages=turns, images=[Image.fromarray(render(scene, self._size))])
 
     def _text(self, split: Split, seed: int, index: int) -> Example:
         """Questions that a description answers, and plans of scenes: shows that not all is to be drawn."""
