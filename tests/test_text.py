@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vargpt.assets import build_tokenizer
+from experiments import build_tokenizer
+from experiments.data.shapes import NUMBERS
+from vargpt.checkpoint import ASSETS
 from vargpt.text import (
     LLAVA,
     PUBLISHED_INFERENCE,
@@ -25,7 +27,7 @@ from vargpt.text import (
     Tokenizer,
 )
 
-TINY = Path(build_tokenizer.__file__).parent / "tiny"
+TINY = ASSETS / "tiny"
 SPECIAL = json.loads((TINY / "added_tokens.json").read_text())
 TOKENIZERS: dict[str, Tokenizer] = {
     "legacy": SentencePieceTokenizer.from_directory(TINY),
@@ -187,7 +189,7 @@ def test_embedded_vocabulary_is_what_its_recipe_makes(tmp_path: Path) -> None:
     assert made.pieces == kept.pieces
     assert made.special_tokens == kept.special_tokens
     assert kept.vocab_size == 640
-    words = build_tokenizer.SHAPES + build_tokenizer.COLOURS + build_tokenizer.SIZES + build_tokenizer.COUNTS
+    words = build_tokenizer.SHAPES + build_tokenizer.COLOURS + build_tokenizer.SIZES + NUMBERS
     assert all(len(kept.encode(word)) == 1 for word in words)
     assert (TINY / "tokenizer.model").stat().st_size < 20_000
 

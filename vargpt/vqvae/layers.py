@@ -86,13 +86,20 @@ class Level(nn.Module):
     """The blocks of one resolution, with an optional change of resolution at their end."""
 
     def __init__(
-        self, widths: list[int], groups: int, *, attend: bool, kernel: int = 3, resample: nn.Module | None = None
+        self,
+        widths: list[int],
+        groups: int,
+        *,
+        attend: bool,
+        kernel: int = 3,
+        downsample: nn.Module | None = None,
+        upsample: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(a, b, groups, kernel) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(b, groups) if attend else nn.Identity() for b in widths[1:])
-        self.downsample = resample if isinstance(resample, Downsample) else nn.Identity()
-        self.upsample = resample if isinstance(resample, Upsample) else nn.Identity()
+        self.downsample = downsample or nn.Identity()
+        self.upsample = upsample or nn.Identity()
 
     def forward(self, x: Float[Tensor, "B A h w"]) -> Float[Tensor, "B E h2 w2"]:
         for block, attn in zip(self.block, self.attn, strict=True):
@@ -127,7 +134,7 @@ class Encoder(nn.Module):
             attend = config.attention and not config.local and i == last
             down = Downsample(width, 2 if config.local else 3) if i < last else None
             levels.append(
-                Level([inner] + [width] * config.res_blocks, groups, attend=attend, kernel=kernel, resample=down)
+                Level([inner] + [width] * config.res_blocks, groups, attend=attend, kernel=kernel, downsample=down)
             )
             inner = width
         self.down = nn.ModuleList(levels)
@@ -156,7 +163,7 @@ class Decoder(nn.Module):
         for i, width in reversed(list(enumerate(widths))):
             attend = config.attention and not config.local and i == last
             up = Upsample(width) if i > 0 else None
-            levels.append(Level([inner] + [width] * (config.res_blocks + 1), groups, attend=attend, resample=up))
+            levels.append(Level([inner] + [width] * (config.res_blocks + 1), groups, attend=attend, upsample=up))
             inner = width
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = _norm(inner, groups)

@@ -1,8 +1,8 @@
-"""Trains the vocabulary of the embedded tiny model: ``python vargpt/assets/build_tokenizer.py [DIRECTORY]``.
+"""Trains the vocabulary of the embedded tiny model: ``python -m experiments.build_tokenizer [DIRECTORY]``.
 
-LLaMA's recipe (sentencepiece BPE, byte fallback, identity normalization, no space removed) on sentences about coloured
-shapes, made up here; but numbers stay whole, so that a coordinate is one token. 635 pieces and 5 special tokens: 640
-ids. The same corpus and sentencepiece give the same file, byte for byte.
+LLaMA's recipe (sentencepiece BPE, byte fallback, identity normalization, no space removed) on sentences of the small
+world, with more shapes and colours than it has; but numbers stay whole, so that a coordinate is one token. 635 pieces
+and 5 special tokens: 640 ids. The same corpus and sentencepiece give the same file, byte for byte.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from pathlib import Path
 
 import sentencepiece
 
+from experiments.data.shapes import LAYOUT, NUMBERS, PLACES, RELATIONS, REQUESTS, article, plural
+from vargpt.checkpoint import ASSETS
+
 PIECES = 635  # enough for every colour, shape, size, relation, number word and coordinate to be one piece
 SPECIAL = ("<image>", "<pad>", "<image_gen_start>", "<image_gen_end>", "<image_gen_pad>")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
@@ -25,18 +28,6 @@ COLOURS = (
     *("cyan", "pink", "brown", "black", "white", "grey"),
 )
 SIZES = ("small", "large", "tiny", "big")
-RELATIONS = ("left of", "right of", "above", "below")
-COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
-REQUESTS = (
-    "Please design a drawing of {}.",
-    "Please create a painting of {}.",
-    "Could you create an image of {}?",
-    "Can you draw {}?",
-    "Please draw {}.",
-    "I need a picture of {}.",
-    "Generate an image of {}.",
-    "Draw {}.",
-)
 
 
 def corpus(conversations: int = 3000, seed: int = 0) -> Iterator[str]:
@@ -52,22 +43,14 @@ def _object(rng: random.Random) -> str:
     return rng.choice((f"{size} {colour} {shape}", f"{colour} {shape}", f"{size} {shape}"))
 
 
-def _article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def _plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("s") else "s")
-
-
 def _scene(rng: random.Random) -> str:
-    first, second = _article(_object(rng)), _article(_object(rng))
-    several = f"{rng.choice(COUNTS[2:4])} {_plural(_object(rng))}"
-    return rng.choice((first, several, f"{first} {rng.choice(RELATIONS)} {second}", f"{first} and {second}"))
+    first, second = article(_object(rng)), article(_object(rng))
+    several = f"{rng.choice(NUMBERS[2:4])} {plural(_object(rng))}"
+    return rng.choice((first, several, f"{first} {rng.choice(tuple(RELATIONS))} {second}", f"{first} and {second}"))
 
 
 def _drawing(rng: random.Random) -> tuple[str, str]:
-    return rng.choice(REQUESTS).format(_scene(rng)), rng.choice(("Here it is.", "Here is the drawing."))
+    return rng.choice(REQUESTS[:-1]).format(_scene(rng)), rng.choice(("Here it is.", "Here is the drawing."))
 
 
 def _colour(rng: random.Random) -> tuple[str, str]:
@@ -78,15 +61,15 @@ def _colour(rng: random.Random) -> tuple[str, str]:
 
 
 def _count(rng: random.Random) -> tuple[str, str]:
-    number, shape, colour = rng.randrange(len(COUNTS)), rng.choice(SHAPES), rng.choice(COLOURS)
-    what = rng.choice(("objects", _plural(shape), f"{colour} {_plural(shape)}", f"{colour} objects"))
-    spelled = COUNTS[number]
+    number, shape, colour = rng.randrange(len(NUMBERS)), rng.choice(SHAPES), rng.choice(COLOURS)
+    what = rng.choice(("objects", plural(shape), f"{colour} {plural(shape)}", f"{colour} objects"))
+    spelled = NUMBERS[number]
     there = f"There is one {shape}." if number == 1 else f"There are {spelled} {what}."
     return f"How many {what} are there?", rng.choice((there, spelled, f"{number}"))
 
 
 def _relation(rng: random.Random) -> tuple[str, str]:
-    first, second, relation = _object(rng), _object(rng), rng.choice(RELATIONS)
+    first, second, relation = _object(rng), _object(rng), rng.choice(tuple(RELATIONS))
     if rng.random() < 0.5:
         return f"Where is the {first}?", f"It is {relation} the {second}."
     return f"Is the {first} {relation} the {second}?", rng.choice(("yes", "no", "Yes, it is.", "No, it is not."))
@@ -105,8 +88,8 @@ def _plan(rng: random.Random) -> tuple[str, str]:
         for _ in range(rng.randint(1, 3))
     )
     if rng.random() < 0.5:
-        return f"Where would you put {_scene(rng)}?", plan
-    return "List all objects with their places.", plan
+        return LAYOUT.format(_scene(rng)), plan
+    return PLACES, plan
 
 
 def build(directory: Path) -> None:
@@ -137,4 +120,4 @@ def build(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "tiny")
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else ASSETS / "tiny")
