@@ -119,7 +119,10 @@ class Training:
 
 def assemble(config: Training) -> VargptConfig:
     """The preset with the trained image tokenizer's sizes in it."""
-    trained = load(config.tokenizer).config.vqvae
+    try:
+        trained = load(config.tokenizer).config.vqvae
+    except ValueError as error:
+        raise ValueError(f"no image tokenizer: {error}; python -m experiments.train_tokenizer trains one") from error
     if trained is None:
         raise ValueError(f"{config.tokenizer} holds no image tokenizer")
     base = preset(config.preset)

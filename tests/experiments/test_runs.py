@@ -208,6 +208,15 @@ def test_mistakes_get_one_line(
     assert complaint in lines[0]
 
 
+def test_a_missing_tokenizer_names_its_training(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["tiny", "--out", str(tmp_path / "run")]) == 2
+    assert "python -m experiments.train_tokenizer trains one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_another_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run_tokenizer(tmp_path, "schedule.steps=1") == 0
     assert run_tokenizer(tmp_path, "schedule.steps=1", "seed=3") == 2
