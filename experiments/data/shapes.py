@@ -310,13 +310,15 @@ def _in_order(scene: Scene, world: World) -> list[Object]:
 def caption(scene: Scene, world: World, rng: Random) -> str:
     """What a user might ask for and get this scene: in any order, with more or less detail.
 
-    Of two objects most captions say how they stand to each other, where that is clear.
+    Of several objects that their names tell apart, most captions say how the first two stand to each other, where that
+    is clear.
     """
     attributes = rng.choice(world.sayable([*NAMES, ("colour", "shape")]))
     objects = rng.sample(scene.objects, len(scene.objects))
     names = [o.name(attributes) for o in objects]
-    if len(set(names)) == len(names) == 2 and rng.random() < 0.75 and (stands := relation(*objects)):
-        return f"{article(names[0])} {stands} {article(names[1])}"
+    if len(set(names)) == len(names) > 1 and rng.random() < 0.75 and (stands := relation(*objects[:2])):
+        first, second, *others = map(article, names)
+        return " and ".join([f"{first} {stands} {second}", *others])
     return listing(names)
 
 

@@ -26,7 +26,9 @@ from experiments.data.shapes_pictures import as_tensor
 from vargpt.text import IMAGE, IMAGE_GEN
 
 TURNS = 4
-"""Most questions of a conversation without a drawing."""
+"""Turns of a conversation about nothing that is seen."""
+QUESTIONS = 8
+"""Most short questions about one picture: seeing it is what costs, and their answers are a word or two of signal."""
 
 
 class ShapeChats:
@@ -59,9 +61,14 @@ class ShapeChats:
         """Several questions about one picture: it is seen once for all of them (as in LLaVA's conversations)."""
         scene = self._scene(split, "question", seed, index)
         rng = Random(f"question {split} {seed} {index}")
-        asked = [*questions(scene, self.world, rng), QA("places", PLACES, plan(scene, self.world))]
+        asked = {qa.question: qa for _ in range(3) for qa in questions(scene, self.world, rng)}.values()
+        short = [qa for qa in asked if qa.kind != "caption"]
+        short = rng.sample(short, min(QUESTIONS, len(short)))
+        everything = [qa for qa in asked if qa.kind == "caption"]
+        everything = [rng.choice([*everything, QA("places", PLACES, plan(scene, self.world))])]
+        # Whoever has told everything answers from what was said, not from what is seen: mostly, that comes last.
         turns = []
-        for qa in rng.sample(asked, min(TURNS, len(asked))):
+        for qa in everything + short if rng.random() < 1 / 3 else short + everything:
             turns += _turn(qa.question if turns else f"{IMAGE}\n{qa.question}", qa.answer)
         return Example(messages=turns, images=[Image.fromarray(render(scene, self._size))])
 

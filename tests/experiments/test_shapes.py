@@ -361,19 +361,23 @@ class TestTexts:
     @each_world
     def test_captions_are_true(self, world: World) -> None:
         rng = random.Random(0)
-        relations = 0
+        relations: Counter[int] = Counter()
         for i in range(500):
             scene = world.sample("train", i)
             text = caption(scene, world, rng)
-            if said := re.fullmatch(r"an? (.*?) (left of|right of|above|below) an? (.*)", text):
-                (a,), (b,) = fitting(said[1], scene.objects), fitting(said[3], scene.objects)
+            if said := re.fullmatch(r"an? (.*?) (left of|right of|above|below) an? (.*?)(?: and an? (.*))?", text):
+                names = [name for name in (said[1], said[3], said[4]) if name]
+                assert len(names) == len(scene.objects)
+                (a,), (b,), *_ = (fitting(name, scene.objects) for name in names)
                 assert said[2] in beside(a, b)
-                relations += 1
+                assert {o for name in names for o in fitting(name, scene.objects)} == set(scene.objects)
+                relations[len(names)] += 1
                 continue
             counts = counted(text)
             assert counts.total() == len(scene.objects)
             assert all(len(fitting(name, scene.objects)) == n for name, n in counts.items())
-        assert relations > 30
+        assert set(relations) == set(range(2, world.max_objects + 1))
+        assert min(relations.values()) > 30
 
     def test_descriptions(self) -> None:
         objects = (thing("small blue star", 0.25, 0.5), thing("large orange circle", 0.75, 0.5))
