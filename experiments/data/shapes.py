@@ -245,6 +245,8 @@ NAMES = (("shape",), ("colour", "shape"), ("size", "colour", "shape"))
 """The attributes that a name is made of, from little detail to all."""
 PLACES = "List all objects with their places."
 """Asked in training only: its answer, a plan, has all that other questions ask for."""
+PLACE = "Where in the picture is the {}?"
+"""Asked in training only: relations compare two such answers, and are learned late without."""
 LAYOUT = "Where would you put {}?"
 """Asked in training only: it teaches to plan at a fraction of a drawing's cost."""
 DESCRIBE = ("Describe the image.", "What is in the picture?", "What do you see?")
@@ -298,7 +300,11 @@ def plan(scene: Scene, world: World) -> str:
     The place comes first: to whoever reads on, every word about an object then says where it belongs.
     """
     attributes = world.sayable(NAMES)[-1]
-    return ", ".join(f"{100 * o.x:.0f} {100 * o.y:.0f} {o.name(attributes)}" for o in _in_order(scene, world))
+    return ", ".join(f"{_place(o)} {o.name(attributes)}" for o in _in_order(scene, world))
+
+
+def _place(o: Object) -> str:
+    return f"{100 * o.x:.0f} {100 * o.y:.0f}"
 
 
 def _in_order(scene: Scene, world: World) -> list[Object]:
@@ -346,6 +352,16 @@ def questions(scene: Scene, world: World, rng: Random) -> list[QA]:
     pairs are named in held-out scenes only: a training that says ``no`` to them would have seen them.
     """
     return [QA(kind, *found) for kind, ask in _ASK.items() if (found := ask(scene, world, rng))]
+
+
+def place_questions(scene: Scene, world: World) -> list[QA]:
+    """Where each object is that can be named, as plans say it."""
+    attributes = world.sayable(NAMES)[-1]
+    return [
+        QA("places", PLACE.format(name), _place(o))
+        for o in scene.objects
+        if _unique(scene, name := o.name(attributes), attributes)
+    ]
 
 
 _Asked = tuple[str, str] | None  # question, answer

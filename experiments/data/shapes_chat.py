@@ -17,6 +17,7 @@ from experiments.data.shapes import (
     World,
     caption,
     description,
+    place_questions,
     plan,
     questions,
     render,
@@ -62,7 +63,7 @@ class ShapeChats:
         scene = self._scene(split, "question", seed, index)
         rng = Random(f"question {split} {seed} {index}")
         asked = {qa.question: qa for _ in range(3) for qa in questions(scene, self.world, rng)}.values()
-        short = [qa for qa in asked if qa.kind != "caption"]
+        short = [qa for qa in asked if qa.kind != "caption"] + place_questions(scene, self.world)
         short = rng.sample(short, min(QUESTIONS, len(short)))
         everything = [qa for qa in asked if qa.kind == "caption"]
         everything = [rng.choice([*everything, QA("places", PLACES, plan(scene, self.world))])]
