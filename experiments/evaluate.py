@@ -176,7 +176,7 @@ def intent_scores(model: VARGPT, world: World, settings: Settings) -> dict[str, 
         scene = world.sample("test", i, seed=settings.seed + 1)
         rng = Random(f"intent {settings.seed} {i}")
         if i % 2:
-            cases.append(([request(scene, world, rng)], True))
+            cases.append(([request(scene, world, rng).text], True))
         else:
             qa = rng.choice(questions(scene, world, rng))
             cases.append(([Image.fromarray(render(scene, size)), qa.question], False))

@@ -1,7 +1,7 @@
 """From nothing to a trained nano model and its report card: ``python -m experiments.speedrun [--out DIR] [--seed N]``.
 
-Trains the image tokenizer and the whole model of the easiest world, scores them on unseen scenes, and writes
-``report.md`` with its pictures. The same command goes on where it was interrupted.
+Trains the image tokenizer, the vision encoder and the whole model of the easiest world, scores them on unseen scenes,
+and writes ``report.md`` with its pictures. The same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from experiments import train, train_tokenizer
+from experiments import train, train_tokenizer, train_vision
 from experiments.data.shapes import WORLDS
 from experiments.evaluate import Settings, evaluate, sample_grid, table, write_scores
 from experiments.run import exit_code, settings
@@ -30,6 +30,8 @@ from vargpt.files import atomic_file, read_json, write_json
 from vargpt.images import save_image
 
 WORLD = "nano"
+CURVES = ("l1", "l2", "vq", "covered", "shape", "colour", "x", "start_drawing", "drawing", "answer")
+SECTIONS = ("tokenizer", "vision", "train")
 
 
 def speedrun(out: Path, seed: int, n: int, changes: dict[str, list[str]]) -> Path:
@@ -37,18 +39,22 @@ def speedrun(out: Path, seed: int, n: int, changes: dict[str, list[str]]) -> Pat
 
     Args:
         n: scenes, questions and prompts to score on.
-        changes: settings (``key=value``) other than the configurations', by section: ``tokenizer`` and ``train``.
+        changes: settings (``key=value``) other than the configurations', by section.
     """
     out.mkdir(parents=True, exist_ok=True)
     cpu, times = torch.device("cpu"), Times(out / "times.json")
     _, tokenizer = settings(
         "tokenizer", train_tokenizer.TokenizerTraining, [WORLD, f"seed={seed}", *changes["tokenizer"]]
     )
-    place = f"tokenizer={out / 'tokenizer' / 'model'}"
-    _, training = settings("train", train.Training, [WORLD, place, f"seed={seed}", *changes["train"]])
+    _, vision = settings("vision", train_vision.VisionTraining, [WORLD, f"seed={seed}", *changes["vision"]])
+    places = [f"tokenizer={out / 'tokenizer' / 'model'}", f"start=[{out / 'vision' / 'model'}]"]
+    _, training = settings("train", train.Training, [WORLD, *places, f"seed={seed}", *changes["train"]])
     with times.measured("image tokenizer"):
         if not (out / "tokenizer" / "model" / "config.json").is_file():
             train_tokenizer.train(tokenizer, out / "tokenizer", cpu)
+    with times.measured("vision encoder"):
+        if not (out / "vision" / "model" / "config.json").is_file():
+            train_vision.train(vision, out / "vision", cpu)
     with times.measured("model"):
         train.train(training, out / "model", cpu)
     trained = out / "model" / training.stages[-1].name
@@ -59,7 +65,10 @@ def speedrun(out: Path, seed: int, n: int, changes: dict[str, list[str]]) -> Pat
             save_image(sample_grid(model, world, chosen), out / "drawings.png")
             (out / "scores.md").write_text(table(scores) + "\n")
             write_scores(scores, chosen, out / "scores.json")
-    curves([out / "tokenizer", *(out / "model" / stage.name for stage in training.stages)], out / "losses.png")
+    curves(
+        [out / "tokenizer", out / "vision", *(out / "model" / stage.name for stage in training.stages)],
+        out / "losses.png",
+    )
     prefixes = sorted((out / "tokenizer" / "samples").glob("prefixes-*.png"))[-1]
     report = out / "report.md"
     with atomic_file(report) as file:
@@ -85,12 +94,12 @@ class Times:
 
 
 def curves(runs: list[Path], file: Path) -> None:
-    """The losses of training and, dotted, of validation, a panel per run."""
+    """What each run minimised and, dotted, how it did on what it never saw; a panel per run."""
     figure, panels = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4), squeeze=False)
     for panel, run in zip(panels[0], runs, strict=True):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        names = {name for line in lines for name in line if name.startswith(("validation/", "drawing", "answer"))}
-        names |= {name for line in lines for name in line if name in ("l1", "l2", "vq", "start_drawing")}
+        names = {name for line in lines for name in line if name.startswith("validation/")}
+        names |= {name for line in lines for name in line if name in CURVES}
         for name in sorted(names):
             points = [(line["step"], line[name]) for line in lines if name in line]
             panel.plot(*zip(*points, strict=True), ":" if name.startswith("validation/") else "-", label=name)
@@ -155,12 +164,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/speedrun", help="folder of the run (runs/speedrun)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=1000, help="scenes, questions and prompts to score on (1000)")
-    for section in ("tokenizer", "train"):
+    for section in SECTIONS:
         parser.add_argument(f"--{section}", nargs="*", default=[], metavar="key=value", help="changes to its settings")
     options = parser.parse_args(arguments)
 
     def run() -> None:
-        changes = {"tokenizer": options.tokenizer, "train": options.train}
+        changes = {section: getattr(options, section) for section in SECTIONS}
         print(speedrun(Path(options.out), options.seed, options.n, changes))
 
     return exit_code(run)

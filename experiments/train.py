@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from experiments.data.records import Records, read_records
 from experiments.data.shapes import WORLDS, Split, summary, vocabulary
 from experiments.data.shapes_chat import ShapeChats
 from experiments.data.token_cache import TokenCache
+from experiments.optimization import low_precision, optimizers
 from experiments.run import Ema, Run, Schedule, described, grid, step_generator, training_command
 from vargpt.api import draw
 from vargpt.build import build, preset
@@ -105,6 +107,8 @@ class Training:
     weight_decay: float = 0.05
     clip: float = 1.0
     ema: float = 0.999
+    muon: bool = False
+    """Whether the matrices inside blocks and projectors follow Muon (torch 2.9 and later) and not AdamW."""
     autocast: bool = False
     """Matrix products in bfloat16 (for hardware that gains by it)."""
     recompute: bool = False
@@ -156,13 +160,7 @@ class StageTrainer:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError(f"stage {stage.name!r} trains nothing: no parameter begins with {', '.join(stage.trains)}")
-        decayed = [p for p in trained if p.ndim > 1]
-        plain = [p for p in trained if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=stage.schedule.lr,
-            betas=(0.9, 0.95),
-        )
+        self.optimizers = optimizers(model, muon=config.muon, weight_decay=config.weight_decay)
         self.ema = Ema(model, config.ema)
         if config.recompute:
             recompute_blocks(model)
@@ -175,15 +173,16 @@ class StageTrainer:
         c, stage = self.config, self.stage
         torch.manual_seed(c.seed * 1_000_003 + step)
         lr = stage.schedule.at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         for part in range(stage.accumulate):
             number = step * stage.accumulate + part
             # Each kind goes through apart: padding is work, and the many words of one would drown the few of another.
             for batch in self._batches(number):
-                with torch.autocast(self.model.device.type, torch.bfloat16, enabled=c.autocast):
+                with low_precision(self.model.device) if c.autocast else nullcontext():
                     out = forward(self.model, batch)
                 assert out.loss is not None
                 if not out.loss.requires_grad:
@@ -192,7 +191,8 @@ class StageTrainer:
                 for name, loss in losses(out).items():
                     sums[name] = sums.get(name, 0.0) + loss / stage.accumulate
         norm = nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), c.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         self.ema.update(self.model, step)
         return {"loss": sum(sums.values()), "lr": lr, "gradient": float(norm), **sums}
 
@@ -339,7 +339,7 @@ def _source(config: Training, stage: Stage, model: VARGPT, folder: Path) -> Conv
 def _train_stage(config: Training, stage: Stage, model: VARGPT, source: ConversationSource, folder: Path) -> VARGPT:
     trainer = StageTrainer(config, stage, model, source)
     whole = {"training": described(config), "stage": stage.name}
-    run = Run(folder, whole, {"model": model, "optimizer": trainer.optimizer, "ema": trainer.ema})
+    run = Run(folder, whole, {"model": model, "ema": trainer.ema, **trainer.optimizers})
 
     def evaluate() -> None:
         averaged = trainer.averaged()

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
 from random import Random
 from typing import Literal
@@ -291,29 +291,37 @@ def listing(names: Iterable[str]) -> str:
 def description(scene: Scene, world: World) -> str:
     """All that is there but the positions, in the world's order of shapes, colours and sizes: one text per content."""
     attributes = world.sayable(NAMES)[-1]
-    return listing(o.name(attributes) for o in _in_order(scene, world))
+    return listing(o.name(attributes) for o in in_order(scene, world))
 
 
-def plan(scene: Scene, world: World) -> str:
+def plan(objects: Iterable[Object], world: World) -> str:
     """Each object's place, in hundredths of the side from the left and from above, and all that can be said of it.
 
     The place comes first: to whoever reads on, every word about an object then says where it belongs.
     """
     attributes = world.sayable(NAMES)[-1]
-    return ", ".join(f"{_place(o)} {o.name(attributes)}" for o in _in_order(scene, world))
+    return ", ".join(f"{_place(o)} {o.name(attributes)}" for o in objects)
 
 
 def _place(o: Object) -> str:
     return f"{100 * o.x:.0f} {100 * o.y:.0f}"
 
 
-def _in_order(scene: Scene, world: World) -> list[Object]:
+def in_order(scene: Scene, world: World) -> list[Object]:
     """The world's order of shapes, colours and sizes; like objects by their place."""
     order = (*world.shapes, *world.colours, *world.sizes)
     return sorted(scene.objects, key=lambda o: [*(order.index(a) for a in (o.shape, o.colour, o.size)), o.x, o.y])
 
 
-def caption(scene: Scene, world: World, rng: Random) -> str:
+@dataclass(frozen=True)
+class Caption:
+    """A text, and the objects that it speaks of in its own order; those that it does not tell apart, by their place."""
+
+    text: str
+    objects: tuple[Object, ...]
+
+
+def caption(scene: Scene, world: World, rng: Random) -> Caption:
     """What a user might ask for and get this scene: in any order, with more or less detail.
 
     Of several objects that their names tell apart, most captions say how the first two stand to each other, where that
@@ -322,15 +330,18 @@ def caption(scene: Scene, world: World, rng: Random) -> str:
     attributes = rng.choice(world.sayable([*NAMES, ("colour", "shape")]))
     objects = rng.sample(scene.objects, len(scene.objects))
     names = [o.name(attributes) for o in objects]
+    objects.sort(key=lambda o: (names.index(o.name(attributes)), o.x, o.y))
+    text = listing(names)
     if len(set(names)) == len(names) > 1 and rng.random() < 0.75 and (stands := relation(*objects[:2])):
         first, second, *others = map(article, names)
-        return " and ".join([f"{first} {stands} {second}", *others])
-    return listing(names)
+        text = " and ".join([f"{first} {stands} {second}", *others])
+    return Caption(text, tuple(objects))
 
 
-def request(scene: Scene, world: World, rng: Random) -> str:
+def request(scene: Scene, world: World, rng: Random) -> Caption:
     """A caption in the words of someone who wants it drawn."""
-    return rng.choice(REQUESTS).format(caption(scene, world, rng))
+    said = caption(scene, world, rng)
+    return replace(said, text=rng.choice(REQUESTS).format(said.text))
 
 
 # ------------------------------------------------------------------ questions

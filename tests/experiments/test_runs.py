@@ -108,6 +108,7 @@ def test_a_whole_model_trains_in_stages_and_resumes(tmp_path: Path, monkeypatch:
     arguments = [
         "nano",
         f"tokenizer={tmp_path / 'tokenizer' / 'model'}",
+        "start=[]",
         f"stages={stages}",
         "validation=2",
         "evaluate_every=100",
@@ -262,7 +263,7 @@ def test_a_training_starts_from_the_parts_that_it_is_given(tmp_path: Path, capsy
     assert run_tokenizer(tmp_path / "tokenizer", "schedule.steps=1") == 0
     tokenizer = tmp_path / "tokenizer" / "model"
     arguments = ["nano", f"tokenizer={tokenizer}", "validation=2", "stages.0.rows={drawing: 1, question: 0, text: 0}"]
-    first = [*arguments, "stages.0.schedule={steps: 1, lr: 0.001}", "--out", str(tmp_path / "first")]
+    first = [*arguments, "start=[]", "stages.0.schedule={steps: 1, lr: 0.001}", "--out", str(tmp_path / "first")]
     assert train.main(first) == 0
     started = [*arguments, "seed=5", f"start=[{tmp_path / 'first' / 'joint' / 'model'}]"]
     still = [*started, "stages.0.schedule={steps: 1, lr: 0.0}", "stages.0.trains=[var.head]"]
@@ -286,6 +287,7 @@ def test_record_files_train_beside_the_small_world(tmp_path: Path, capsys: pytes
     arguments = [
         "nano",
         f"tokenizer={tmp_path / 'tokenizer' / 'model'}",
+        "start=[]",
         "stages.0.rows={drawing: 2, question: 2, text: 0}",
         "stages.0.schedule={steps: 3, lr: 0.001}",
         "validation=2",

@@ -62,7 +62,7 @@ def blurred(picture: np.ndarray, times: int) -> np.ndarray:
 
 
 def _request(world: World, index: int, rng: random.Random) -> str:
-    return request(world.sample("train", index), world, rng)
+    return request(world.sample("train", index), world, rng).text
 
 
 class TestScenes:
@@ -124,7 +124,7 @@ class TestScenes:
     def test_a_plan_and_its_words_say_all_that_is_there(self, world: World) -> None:
         for i in range(300):
             scene = world.sample("test", i)
-            said = [text.split(" ", 2) for text in plan(scene, world).split(", ")]
+            said = [text.split(" ", 2) for text in plan(scene.objects, world).split(", ")]
             names = Counter((name, int(x), int(y)) for x, y, name in said)
             attributes = world.sayable([("size", "colour", "shape"), ("colour", "shape")])[0]
             there = [(o.name(attributes), round(100 * o.x), round(100 * o.y)) for o in scene.objects]
@@ -356,7 +356,7 @@ class TestTexts:
         for i in range(1000):
             scene = world.sample("train", i)
             said = [f"{qa.question} {qa.answer}" for qa in questions(scene, world, rng)]
-            assert not banned.search(" ".join([request(scene, world, rng), *said]))
+            assert not banned.search(" ".join([request(scene, world, rng).text, *said]))
 
     @each_world
     def test_captions_are_true(self, world: World) -> None:
@@ -364,18 +364,23 @@ class TestTexts:
         relations: Counter[int] = Counter()
         for i in range(500):
             scene = world.sample("train", i)
-            text = caption(scene, world, rng)
+            told = caption(scene, world, rng)
+            text = told.text
+            assert Counter(told.objects) == Counter(scene.objects)
             if said := re.fullmatch(r"an? (.*?) (left of|right of|above|below) an? (.*?)(?: and an? (.*))?", text):
                 names = [name for name in (said[1], said[3], said[4]) if name]
                 assert len(names) == len(scene.objects)
                 (a,), (b,), *_ = (fitting(name, scene.objects) for name in names)
                 assert said[2] in beside(a, b)
+                assert told.objects == tuple(fitting(name, scene.objects)[0] for name in names)
                 assert {o for name in names for o in fitting(name, scene.objects)} == set(scene.objects)
                 relations[len(names)] += 1
                 continue
             counts = counted(text)
             assert counts.total() == len(scene.objects)
             assert all(len(fitting(name, scene.objects)) == n for name, n in counts.items())
+            order = [fitting(name, scene.objects) for name in counts]
+            assert told.objects == tuple(o for alike in order for o in sorted(alike, key=lambda o: (o.x, o.y)))
         assert set(relations) == set(range(2, world.max_objects + 1))
         assert min(relations.values()) > 30
 
@@ -396,7 +401,7 @@ class TestTexts:
         for world in WORLDS.values():
             for i in range(1000):
                 scene = world.sample("heldout" if i % 4 == 0 else "train", i)
-                texts.add(request(scene, world, rng))
+                texts.add(request(scene, world, rng).text)
                 texts |= {text for qa in questions(scene, world, rng) for text in (qa.question, qa.answer)}
             texts |= {prompt(category, world, rng).prompt for category in CATEGORIES for _ in range(100)}
         for text in texts:

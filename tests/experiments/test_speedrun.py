@@ -6,18 +6,31 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import vargpt
 from experiments import card, speedrun
 from experiments.card import BEGIN, END
 from vargpt import cli
+from vargpt.build import build
 
 TOKENIZER = ["vqvae.channels=16", "vqvae.vocab_size=32", "schedule.steps=3", "batch=2", "validation=4"]
+VISION = ["schedule.steps=2", "batch=2", "validation=4"]
 STAGE = "{name: joint, schedule: {steps: 2, lr: 0.001}, rows: {drawing: 2, question: 1, text: 2}}"
 TRAIN = [f"stages=[{STAGE}]", "validation=2"]
 
 
 def run(out: Path) -> int:
-    return speedrun.main(["--out", str(out), "--n", "6", "--tokenizer", *TOKENIZER, "--train", *TRAIN])
+    changes = ["--tokenizer", *TOKENIZER, "--vision", *VISION, "--train", *TRAIN]
+    return speedrun.main(["--out", str(out), "--n", "6", *changes])
+
+
+def distance_of(a: object, b: object) -> float:
+    """The largest difference of two modules' weights."""
+    assert isinstance(a, nn.Module)
+    assert isinstance(b, nn.Module)
+    theirs = b.state_dict()
+    return max((x - theirs[name]).abs().max().item() for name, x in a.state_dict().items())
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +43,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_speedrun_leaves_a_report_with_its_pictures(finished: Path) -> None:
     report = (finished / "report.md").read_text()
     scores = json.loads((finished / "scores.json").read_text())
-    assert "| image tokenizer |" in report
+    assert all(f"| {part} |" in report for part in ("image tokenizer", "vision encoder", "model", "scores"))
+    seen, trained = (vargpt.load(finished / part / "model").vision for part in ("vision", "model/joint"))
+    start = build(vargpt.preset("nano")).vision
+    distance = [distance_of(trained, seen), distance_of(trained, start)]
+    assert distance[0] < distance[1] / 10  # the model began with the encoder that had been trained for it
     for name in ("tokenizer.exact", "questions.all", "drawing.mean", "draws_when_asked"):
         assert name in report
         assert name in scores
@@ -43,6 +60,7 @@ def test_a_finished_speedrun_is_not_run_again(finished: Path, capsys: pytest.Cap
     kept = [
         "scores.json",
         "tokenizer/metrics.jsonl",
+        "vision/metrics.jsonl",
         "model/joint/metrics.jsonl",
         "model/joint/model/model.safetensors",
     ]
@@ -59,11 +77,13 @@ def test_mistakes_in_a_speedrun_get_one_line_before_anything_trains(
 ) -> None:
     assert speedrun.main(["--out", str(tmp_path / "run"), "--train", "preset=huge"]) == 2
     assert speedrun.main(["--out", str(tmp_path / "run"), "--tokenizer", "batch=many"]) == 2
+    assert speedrun.main(["--out", str(tmp_path / "run"), "--vision", "world=flat"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2
+    assert len(errors) == 3
     assert errors[0].startswith("error: ")
     assert "huge" in errors[0]
     assert "many" in errors[1]
+    assert "flat" in errors[2]
     assert not (tmp_path / "run" / "tokenizer").exists()
 
 
