@@ -26,10 +26,10 @@ from experiments.data.shapes import (
 from experiments.data.shapes_pictures import as_tensor
 from vargpt.text import IMAGE, IMAGE_GEN
 
-TURNS = 4
-"""Turns of a conversation about nothing that is seen."""
+LAYOUTS = 4
+"""Plans asked for in one conversation."""
 QUESTIONS = 8
-"""Most short questions about one picture: seeing it is what costs, and their answers are a word or two of signal."""
+"""Most short questions about one scene: seeing it is what costs, and their answers are a word or two of signal."""
 
 
 class ShapeChats:
@@ -61,7 +61,25 @@ class ShapeChats:
     def _question(self, split: Split, seed: int, index: int) -> Example:
         """Several questions about one picture: it is seen once for all of them (as in LLaVA's conversations)."""
         scene = self._scene(split, "question", seed, index)
-        rng = Random(f"question {split} {seed} {index}")
+        turns = self._about(scene, f"{IMAGE}\n", Random(f"question {split} {seed} {index}"))
+        return Example(messages=turns, images=[Image.fromarray(render(scene, self._size))])
+
+    def _text(self, split: Split, seed: int, index: int) -> Example:
+        """Plans of scenes, or questions about a scene told as a plan: shows that not all is to be drawn, and teaches
+        what plans of drawings and answers about pictures need, at a fraction of their cost."""
+        rng = Random(f"text {split} {seed} {index}")
+        scenes = [self._scene(split, "text", seed, LAYOUTS * index + turn) for turn in range(LAYOUTS)]
+        if rng.random() < 0.5:
+            told = plan(rng.sample(scenes[0].objects, len(scenes[0].objects)), self.world)
+            return Example(messages=self._about(scenes[0], f"There is {told}. ", rng))
+        turns = []
+        for scene in scenes:
+            said = caption(scene, self.world, rng)
+            turns += _turn(LAYOUT.format(said.text), plan(said.objects, self.world))
+        return Example(messages=turns)
+
+    def _about(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
+        """Questions about a scene, the first after what shows it."""
         asked = {qa.question: qa for _ in range(3) for qa in questions(scene, self.world, rng)}.values()
         short = [qa for qa in asked if qa.kind != "caption"] + place_questions(scene, self.world)
         short = rng.sample(short, min(QUESTIONS, len(short)))
@@ -70,24 +88,8 @@ class ShapeChats:
         # Whoever has told everything answers from what was said, not from what is seen: mostly, that comes last.
         turns = []
         for qa in everything + short if rng.random() < 1 / 3 else short + everything:
-            turns += _turn(qa.question if turns else f"{IMAGE}\n{qa.question}", qa.answer)
-        return Example(messages=turns, images=[Image.fromarray(render(scene, self._size))])
-
-    def _text(self, split: Split, seed: int, index: int) -> Example:
-        """Questions about scenes told as plans, and plans of scenes: shows that not all is to be drawn, and teaches
-        what answers about pictures and plans of drawings need, at a fraction of their cost."""
-        rng = Random(f"text {split} {seed} {index}")
-        turns = []
-        for turn in range(TURNS):
-            scene = self._scene(split, "text", seed, TURNS * index + turn)
-            if rng.random() < 0.5:
-                said = caption(scene, self.world, rng)
-                turns += _turn(LAYOUT.format(said.text), plan(said.objects, self.world))
-                continue
-            told = plan(rng.sample(scene.objects, len(scene.objects)), self.world)
-            qa = rng.choice(questions(scene, self.world, rng) + place_questions(scene, self.world))
-            turns += _turn(f"There is {told}. {qa.question}", qa.answer)
-        return Example(messages=turns)
+            turns += _turn(qa.question if turns else shown + qa.question, qa.answer)
+        return turns
 
     def _scene(self, split: Split, purpose: str, seed: int, index: int) -> Scene:
         # Each purpose sees scenes of its own, further apart than any training counts.
