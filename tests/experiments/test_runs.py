@@ -20,6 +20,7 @@ from experiments import train, train_tokenizer
 from experiments.data.chat import collate
 from experiments.data.images import PictureData, picture_source
 from experiments.data.shapes_chat import ShapeChats
+from experiments.optimization import low_precision
 from experiments.run import Schedule, settings
 from experiments.train_tokenizer import TokenizerTraining
 from vargpt.build import build
@@ -133,6 +134,28 @@ def test_a_whole_model_trains_in_stages_and_resumes(tmp_path: Path, monkeypatch:
     changed = {name for name in first if not name.startswith("vqvae.") and not torch.equal(first[name], start[name])}
     assert changed
     assert all(name.startswith(("gen_in", "gen_out", "var.class_embed")) for name in changed)
+
+
+def test_muon_in_half_precision_resumes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_tokenizer(tmp_path / "tokenizer", "schedule.steps=1") == 0
+    stage = "{name: joint, trains: [gen_in, gen_out], schedule: {steps: 4, lr: 0.001}, rows: {drawing: 2}}"
+    place = [f"tokenizer={tmp_path / 'tokenizer' / 'model'}", "start=[]", f"stages=[{stage}]"]
+    arguments = ["nano", *place, "muon=true", "autocast=true", "validation=2", "save_every=2", "evaluate_every=100"]
+    assert train.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    step = train.StageTrainer.step
+
+    def cut(self: train.StageTrainer, number: int) -> object:
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(train.StageTrainer, "step", cut)
+    assert train.main([*arguments, "--out", str(tmp_path / "cut")]) == 2
+    monkeypatch.setattr(train.StageTrainer, "step", step)
+    assert train.main([*arguments, "--out", str(tmp_path / "cut")]) == 0
+    whole, resumed = (weights(tmp_path / run / "joint") for run in ("whole", "cut"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert losses(tmp_path / "whole" / "joint") == losses(tmp_path / "cut" / "joint")
 
 
 def drawing_loss(*, recompute: bool) -> tuple[VARGPT, torch.Tensor]:
@@ -309,7 +332,7 @@ def test_half_precision_trains_to_nearly_the_same_loss() -> None:
     source = ShapeChats("nano", 32, plan=True)
     batch = collate(model, [source.example("drawing", 0, i, "train") for i in range(2)])
     whole = train.forward(model, batch).loss
-    with torch.autocast("cpu", torch.bfloat16):
+    with low_precision(torch.device("cpu")):
         half = train.forward(model, batch).loss
     assert whole is not None
     assert half is not None
