@@ -47,7 +47,7 @@ class PictureSource(Protocol):
 
 
 class FolderPictures:
-    """Every picture below a folder, cropped at random; one in ten (by a hash of its name) is kept for validation.
+    """Every picture below a folder, cropped at random; every tenth, by name, is kept for validation.
 
     Raises:
         ValueError: a folder with fewer than two pictures.
