@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vargpt.scales import ScaleSchedule
+from vargpt.scales import Limits, ScaleSchedule
 
 patch_nums = st.lists(st.integers(1, 7), min_size=1, max_size=8).map(sorted)
 
@@ -31,8 +31,11 @@ def test_tokens_lie_scale_after_scale(sides: list[int]) -> None:
 def test_a_token_sees_its_own_and_all_earlier_scales(sides: list[int]) -> None:
     schedule = ScaleSchedule(sides)
     owners = schedule.level_ids()
-    seen = torch.arange(schedule.total) < schedule.visible_limits()[:, None]
+    seen = torch.arange(schedule.total) < schedule.visible_limits().tensor()[:, None]
     assert torch.equal(seen, owners <= owners[:, None])
+    for scales in range(1, len(sides) + 1):
+        first = schedule.offsets[scales]
+        assert torch.equal(schedule.visible_limits(scales).tensor(), schedule.visible_limits().tensor()[:first])
 
 
 @given(patch_nums)
@@ -59,10 +62,26 @@ def test_equal_sides_make_equal_schedules_that_can_be_keys() -> None:
 
 def test_no_values_are_needed_on_the_meta_device() -> None:
     schedule = ScaleSchedule((1, 2, 3))
-    assert schedule.level_ids("meta").shape == schedule.visible_limits("meta").shape == (14,)
+    assert schedule.level_ids("meta").shape == schedule.visible_limits().tensor("meta").shape == (14,)
 
 
 @pytest.mark.parametrize("sides", [(), (0,), (-1, 2), (2, 1), (1, 3, 2)])
 def test_sides_that_shrink_or_vanish_are_refused(sides: Sequence[int]) -> None:
     with pytest.raises(ValueError, match="must be positive and must not decrease"):
         ScaleSchedule(sides)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9).map(sorted))
+def test_limits_are_runs_of_queries_that_see_as_many_keys(limits: list[int]) -> None:
+    runs = Limits.of(limits)
+    assert runs.tensor().tolist() == limits
+    assert runs.queries == len(limits)
+    assert len(runs.runs) == len(set(limits))
+    assert runs == Limits.of(limits)
+    assert runs.tensor() is Limits.of(limits).tensor()  # made once
+
+
+@pytest.mark.parametrize("runs", [(), ((1, 0),), ((0, 1),), ((1, 2), (1, 1))])
+def test_limits_that_decrease_or_hold_nothing_are_refused(runs: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ValueError, match="limits must be positive and must not decrease"):
+        Limits(runs)

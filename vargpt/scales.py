@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, lru_cache
+from itertools import groupby, pairwise
 
 import torch
 from jaxtyping import Int
@@ -66,7 +66,43 @@ class ScaleSchedule:
         lengths = torch.tensor(self.lengths, device=device)
         return torch.repeat_interleave(torch.arange(len(self), device=device), lengths, output_size=self.total)
 
-    def visible_limits(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
-        """Block-causal visibility: a token sees the first ``limits[token]`` tokens, its own scale included."""
-        ends = torch.tensor(self.offsets[1:], device=device)
-        return ends[self.level_ids(device)]
+    def visible_limits(self, scales: int | None = None) -> Limits:
+        """Block-causal visibility of the first ``scales`` (or all): a token sees its own scale and those before."""
+        ends = self.offsets[1:][:scales]
+        return Limits(tuple(zip(self.lengths, ends, strict=False)))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many of the first keys each query sees, as runs of queries that see as many: ((queries, keys), ...).
+
+    Plain numbers, so that who reads them waits for no device; :meth:`tensor` has them a query each.
+
+    Raises:
+        ValueError: limits that decrease, or a run without queries or keys.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        keys = [keys for _, keys in self.runs]
+        if not self.runs or min(min(run) for run in self.runs) < 1 or any(a > b for a, b in pairwise(keys)):
+            raise ValueError(f"limits must be positive and must not decrease, not {keys} for runs {self.runs}")
+
+    @classmethod
+    def of(cls, limits: Sequence[int]) -> Limits:
+        """From one limit a query."""
+        return cls(tuple((len(list(run)), keys) for keys, run in groupby(int(limit) for limit in limits)))
+
+    @property
+    def queries(self) -> int:
+        return sum(queries for queries, _ in self.runs)
+
+    def tensor(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
+        """One limit a query; the same tensor at every call."""
+        return _limits_tensor(self, torch.device(device or "cpu"))
+
+
+@lru_cache(maxsize=256)
+def _limits_tensor(limits: Limits, device: torch.device) -> Tensor:
+    return torch.tensor([keys for queries, keys in limits.runs for _ in range(queries)], device=device)

@@ -2,19 +2,39 @@
 
 Visibility has one definition: a query row sees the first ``limit`` keys. Plain causal attention, block-causal
 attention over scales and full attention are three choices of the limits; padding takes single keys away.
+
+Which backend computes it is chosen for every call, unless an argument, :func:`using` or the environment variable
+``VARGPT_ATTENTION`` names one; :func:`watching` tells which one ran, and why others did not.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-Backend = Literal["reference", "sdpa"]
+from vargpt.kernels.backends import AUTOMATIC, BACKENDS, Backend, Call
+from vargpt.kernels.cache import KVCache
+from vargpt.scales import Limits
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend computed a call, and why each of those asked before it did not."""
+
+    backend: str
+    refused: dict[str, str]
+
+
+_named: str | None = os.environ.get("VARGPT_ATTENTION") or None
+_watched: list[Choice] | None = None
 
 
 def attention(
@@ -23,82 +43,108 @@ def attention(
     v_BGMK: Float[Tensor, "B G M K"],
     *,
     causal: bool = False,
-    limits: Int[Tensor, " L"] | None = None,
-    key_mask: Bool[Tensor, "B M"] | None = None,
+    limits: Limits | None = None,
+    key_mask: Bool[Tensor, "B N"] | None = None,
     scale: float | None = None,
-    backend: Backend = "sdpa",
+    cosine: Float[Tensor, " H"] | None = None,
+    cache: KVCache | None = None,
+    layer: int = 0,
+    backend: str | None = None,
 ) -> Float[Tensor, "B H L K"]:
     """softmax(scale q k^T) v over the keys that each query sees.
 
     Args:
         q_BHLK, k_BGMK, v_BGMK: H query heads share G key heads (H a multiple of G); the L queries are the
-            last L of the M keys.
-        causal: query i sees the first M - L + i + 1 keys.
-        limits: query i sees the first ``limits[i]`` keys. Neither: every query sees every key.
+            last L of the N keys.
+        causal: query i sees the first N - L + i + 1 keys.
+        limits: how many of the first keys each query sees, its own at least. Neither: every query sees every key.
         key_mask: false at keys that are padding. A query always sees its own key, so that a row of padding
             stays finite; nothing real ever reads it.
         scale: defaults to 1 / sqrt(K).
-        backend: ``reference`` is readable and computes in float32; ``sdpa`` is torch's fused attention.
+        cosine: instead of ``scale``: queries and keys are brought to length 1, and each head's logits are multiplied
+            by its number (Swin v2, section 3.2).
+        cache: the M keys and values given are new ones of its ``layer``: they are appended, and all N so far are
+            attended to. Without a cache, N = M.
+        backend: one of ``BACKENDS``; by default the one that suits.
+
+    Raises:
+        ValueError: shapes or arguments that contradict each other, or a backend that is unknown or cannot do this.
     """
     if causal and limits is not None:
         raise ValueError("causal=True and limits both say what a query sees: give one of them")
+    if scale is not None and cosine is not None:
+        raise ValueError("scale and cosine both say what logits are multiplied by: give one of them")
     if q_BHLK.shape[1] % k_BGMK.shape[1]:
         raise ValueError(f"{q_BHLK.shape[1]} query heads cannot share {k_BGMK.shape[1]} key heads evenly")
-    if q_BHLK.shape[2] > k_BGMK.shape[2]:
-        raise ValueError(f"{q_BHLK.shape[2]} queries cannot be the last of {k_BGMK.shape[2]} keys")
-    if scale is None:
-        scale = 1 / math.sqrt(q_BHLK.shape[-1])
-    if backend == "reference":
-        mask = visibility(q_BHLK.shape[2], k_BGMK.shape[2], q_BHLK.device, causal, limits, key_mask)
-        return _reference(q_BHLK, k_BGMK, v_BGMK, mask, scale)
-    if backend == "sdpa":
-        return _sdpa(q_BHLK, k_BGMK, v_BGMK, causal, limits, key_mask, scale)
-    raise ValueError(f"unknown attention backend {backend!r}: use 'reference' or 'sdpa'")
+    q, k, v = q_BHLK, k_BGMK, v_BGMK
+    if cosine is not None:
+        q, k = F.normalize(q, dim=-1) * cosine[:, None, None], F.normalize(k, dim=-1)
+        scale = 1.0
+    if cache is not None:
+        k, v = cache.append(layer, k, v)
+    if torch.is_autocast_enabled(q.device.type):  # rotary and normalised queries come in float32
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    call = Call(q, k, v, causal, limits, key_mask, scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
+    call.check()
+    choice = choose(call, backend)
+    if _watched is not None:
+        _watched.append(choice)
+    return BACKENDS[choice.backend].run(call)
 
 
-def visibility(
-    queries: int,
-    keys: int,
-    device: torch.device,
-    causal: bool,
-    limits: Int[Tensor, " L"] | None,
-    key_mask: Bool[Tensor, "B M"] | None,
-) -> Bool[Tensor, "R L M"] | None:
-    """The mask that the rule above spells out, one for all rows (R = 1) or one each; None if all is visible."""
-    index = torch.arange(keys, device=device)
-    own = index[keys - queries :, None]
-    if causal:
-        limits = own[:, 0] + 1
-    mask = None if limits is None else (index < limits[:, None])[None]
-    if key_mask is not None:
-        real = key_mask[:, None, :] | (index == own)
-        mask = real if mask is None else mask & real
-    return mask
+def choose(call: Call, backend: str | None = None) -> Choice:
+    """The backend that is named, or else the first of ``AUTOMATIC`` that suits.
+
+    Raises:
+        ValueError: a backend that is unknown, or cannot compute this call.
+    """
+    named = backend or _named
+    if named is not None:
+        if (reason := known(named).refuses(call)) is not None:
+            raise ValueError(f"attention backend {named!r} cannot compute this: {reason}")
+        return Choice(named, {})
+    refused = {}
+    for name in AUTOMATIC:
+        reason = BACKENDS[name].refuses(call) or BACKENDS[name].yields(call)
+        if reason is None:
+            return Choice(name, refused)
+        refused[name] = reason
+    raise AssertionError("the last automatic backend computes everything")
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    share = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    logits = (q.float() @ k.float().transpose(-2, -1)) * scale
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, None], float("-inf"))
-    return (logits.softmax(-1) @ v.float()).to(q.dtype)
+def known(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}: use one of {', '.join(map(repr, BACKENDS))}")
+    return BACKENDS[name]
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, limits: Tensor | None, key_mask: Tensor | None, scale: float
-) -> Tensor:
-    queries, keys = q.shape[2], k.shape[2]
-    causal = causal and queries > 1  # a lone query is the last of the keys: it sees them all
-    # torch's own causal flag (the fast path) aligns the first query with the first key, and takes no mask.
-    fast = causal and key_mask is None and queries == keys
-    mask = None if fast else visibility(queries, keys, q.device, causal, limits, key_mask)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=None if mask is None else mask[:, None],
-        is_causal=fast,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Every call inside, in this process, is computed by this backend, unless it names another.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    global _named
+    known(backend)
+    before, _named = _named, backend
+    try:
+        yield
+    finally:
+        _named = before
+
+
+@contextmanager
+def watching() -> Iterator[list[Choice]]:
+    """The choices of all calls inside, in this process, in order."""
+    global _watched
+    before, _watched = _watched, (choices := [])
+    try:
+        yield choices
+    finally:
+        _watched = before

@@ -79,9 +79,7 @@ class Attention(nn.Module):
         k = rearrange(self.k(x_BTD), "B T (H K) -> B H T K", H=self.num_kv_heads)
         v = rearrange(self.v(x_BTD), "B T (H K) -> B H T K", H=self.num_kv_heads)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        y = attention(q, k, v, causal=True, key_mask=key_mask)
+        y = attention(q, k, v, causal=True, key_mask=key_mask, cache=cache, layer=layer)
         return self.out(rearrange(y, "B H T K -> B T (H K)"))
 
 

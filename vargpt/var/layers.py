@@ -7,10 +7,11 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vargpt.kernels import KVCache, attention
+from vargpt.scales import Limits
 from vargpt.var.config import VarConfig
 
 MAX_LOG_SCALE = math.log(100)
@@ -46,21 +47,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x_BLC: Float[Tensor, "B L C"], limits: Int[Tensor, " L"] | None, cache: KVCache | None, layer: int
+        self, x_BLC: Float[Tensor, "B L C"], limits: Limits | None, cache: KVCache | None, layer: int
     ) -> Float[Tensor, "B L C"]:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x_BLC, self.qkv.weight, bias)
         q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.num_heads)
-        if self.cosine:
-            temperature = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
-            q = F.normalize(q, dim=-1) * temperature[:, None, None]
-            k = F.normalize(k, dim=-1)
-            scale = 1.0
-        else:
-            scale = 0.25 / math.sqrt(q.shape[-1])  # a quarter of the usual scale, as VAR was trained
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        y = attention(q, k, v, limits=limits, scale=scale)
+        cosine = self.log_scale.clamp(max=MAX_LOG_SCALE).exp() if self.cosine else None
+        scale = None if self.cosine else 0.25 / math.sqrt(q.shape[-1])  # a quarter of the usual, as VAR was trained
+        y = attention(q, k, v, limits=limits, scale=scale, cosine=cosine, cache=cache, layer=layer)
         return self.proj(rearrange(y, "B H L K -> B L (H K)"))
 
 
@@ -99,7 +93,7 @@ class Block(nn.Module):
         x: Float[Tensor, "B L C"],
         condition: Float[Tensor, "B C"],
         shared: Float[Tensor, "B six C"] | None,
-        limits: Int[Tensor, " L"] | None,
+        limits: Limits | None,
         cache: KVCache | None,
         layer: int,
     ) -> Float[Tensor, "B L C"]:

@@ -96,11 +96,10 @@ class NextScaleTransformer(nn.Module):
         """
         limits = None
         if cache is None:
-            limits = self.schedule.visible_limits(x_BLC.device)[: x_BLC.shape[1]]
-            if x_BLC.shape[1] not in self.schedule.offsets:
-                raise ValueError(
-                    f"{x_BLC.shape[1]} inputs end inside a scale; whole scales end at {self.schedule.offsets[1:]}"
-                )
+            ends = self.schedule.offsets[1:]
+            if x_BLC.shape[1] not in ends:
+                raise ValueError(f"{x_BLC.shape[1]} inputs end inside a scale; whole scales end at {ends}")
+            limits = self.schedule.visible_limits(ends.index(x_BLC.shape[1]) + 1)
         shared = None
         if self.shared_ada is not None:
             shared = rearrange(self.shared_ada(F.silu(condition)), "B (six C) -> B six C", six=6)
