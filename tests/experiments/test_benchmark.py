@@ -47,7 +47,7 @@ def test_the_shapes_are_the_published_ones() -> None:
 
 def test_peak_memory_is_what_a_call_holds() -> None:
     size = 64 * 2**20
-    peak = benchmark.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8).sum(), torch.device("cpu"))
+    peak = benchmark.peak_bytes(lambda: torch.ones(size // 4).sum(), torch.device("cpu"))
     assert peak is None or 0.9 * size < peak < 1.5 * size
 
 

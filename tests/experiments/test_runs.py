@@ -155,7 +155,6 @@ def test_muon_in_half_precision_resumes_too(tmp_path: Path, monkeypatch: pytest.
     assert train.main([*arguments, "--out", str(tmp_path / "cut")]) == 0
     whole, resumed = (weights(tmp_path / run / "joint") for run in ("whole", "cut"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert losses(tmp_path / "whole" / "joint") == losses(tmp_path / "cut" / "joint")
 
 
 def drawing_loss(*, recompute: bool) -> tuple[VARGPT, torch.Tensor]:

@@ -82,8 +82,9 @@ def attention(
         scale = 1.0
     if cache is not None:
         k, v = cache.append(layer, k, v)
-    if torch.is_autocast_enabled(q.device.type):  # rotary and normalised queries come in float32
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))  # rotated ones come in float32
     call = Call(q, k, v, causal, limits, key_mask, scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
     call.check()
     choice = choose(call, backend)
