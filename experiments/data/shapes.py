@@ -375,6 +375,12 @@ def place_questions(scene: Scene, world: World) -> list[QA]:
     ]
 
 
+def relation_questions(scene: Scene, world: World, rng: Random, tries: int) -> list[QA]:
+    """Different questions about how objects stand to each other, as many as come up in some tries."""
+    found = [asked for _ in range(tries) if (asked := _ask_relation(scene, world, rng))]
+    return [QA("relation", question, answer) for question, answer in dict(found).items()]
+
+
 _Asked = tuple[str, str] | None  # question, answer
 
 

@@ -20,14 +20,17 @@ from experiments.data.shapes import (
     place_questions,
     plan,
     questions,
+    relation_questions,
     render,
     request,
 )
 from experiments.data.shapes_pictures import as_tensor
 from vargpt.text import IMAGE, IMAGE_GEN
 
-LAYOUTS = 4
-"""Plans asked for in one conversation."""
+SCENES = 4
+"""Of one conversation without pictures."""
+RELATIONS = 2
+"""Further questions about relations: two places must be found and compared, which takes many to learn."""
 QUESTIONS = 8
 """Most short questions about one scene: seeing it is what costs, and their answers are a word or two of signal."""
 
@@ -68,22 +71,29 @@ class ShapeChats:
         """Plans of scenes, or questions about a scene told as a plan: shows that not all is to be drawn, and teaches
         what plans of drawings and answers about pictures need, at a fraction of their cost."""
         rng = Random(f"text {split} {seed} {index}")
-        scenes = [self._scene(split, "text", seed, LAYOUTS * index + turn) for turn in range(LAYOUTS)]
-        if rng.random() < 0.5:
-            told = plan(rng.sample(scenes[0].objects, len(scenes[0].objects)), self.world)
-            return Example(messages=self._about(scenes[0], f"There is {told}. ", rng))
-        turns = []
-        for scene in scenes:
+        scenes = [self._scene(split, "text", seed, SCENES * index + turn) for turn in range(SCENES)]
+        kind, turns = rng.choice(("layouts", "relations", "questions")), []
+        for scene in scenes if kind == "layouts" else []:
             said = caption(scene, self.world, rng)
             turns += _turn(LAYOUT.format(said.text), plan(said.objects, self.world))
-        return Example(messages=turns)
+        for scene in scenes if kind == "relations" else []:
+            shown = self._told(scene, rng)
+            for qa in relation_questions(scene, self.world, rng, RELATIONS):
+                turns += _turn(shown + qa.question, qa.answer)
+                shown = ""
+        return Example(messages=turns or self._about(scenes[0], self._told(scenes[0], rng), rng))
+
+    def _told(self, scene: Scene, rng: Random) -> str:
+        """A scene as a plan, in any order."""
+        return f"There is {plan(rng.sample(scene.objects, len(scene.objects)), self.world)}. "
 
     def _about(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
         """Questions about a scene, the first after what shows it."""
-        asked = {qa.question: qa for _ in range(3) for qa in questions(scene, self.world, rng)}.values()
-        short = [qa for qa in asked if qa.kind != "caption"] + place_questions(scene, self.world)
+        asked = {qa.question: qa for _ in range(3) for qa in questions(scene, self.world, rng)}
+        asked |= {qa.question: qa for qa in relation_questions(scene, self.world, rng, RELATIONS)}
+        short = [qa for qa in asked.values() if qa.kind != "caption"] + place_questions(scene, self.world)
         short = rng.sample(short, min(QUESTIONS, len(short)))
-        everything = [qa for qa in asked if qa.kind == "caption"]
+        everything = [qa for qa in asked.values() if qa.kind == "caption"]
         everything = [rng.choice([*everything, QA("places", PLACES, plan(in_order(scene, self.world), self.world))])]
         # Whoever has told everything answers from what was said, not from what is seen: mostly, that comes last.
         turns = []
