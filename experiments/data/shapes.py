@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import permutations
 from random import Random
 from typing import Literal
 
@@ -247,6 +248,8 @@ PLACES = "List all objects with their places."
 """Asked in training only: its answer, a plan, has all that other questions ask for."""
 PLACE = "Where in the picture is the {}?"
 """Asked in training only: relations compare two such answers, and are learned late without."""
+BOTH = "Where in the picture are the {} and the {}?"
+"""Asked in training only: the answer is their places, and how the first stands to the second."""
 LAYOUT = "Where would you put {}?"
 """Asked in training only: it teaches to plan at a fraction of a drawing's cost."""
 DESCRIBE = ("Describe the image.", "What is in the picture?", "What do you see?")
@@ -379,6 +382,20 @@ def relation_questions(scene: Scene, world: World, rng: Random, tries: int) -> l
     """Different questions about how objects stand to each other, as many as come up in some tries."""
     found = [asked for _ in range(tries) if (asked := _ask_relation(scene, world, rng))]
     return [QA("relation", question, answer) for question, answer in dict(found).items()]
+
+
+def comparisons(scene: Scene, world: World, rng: Random) -> list[QA]:
+    """Steps to relations: two places as numbers, compared, and two objects' places found and then compared."""
+    attributes, found = world.sayable(NAMES)[-1], []
+    for a, b in permutations(scene.objects, 2):
+        if (stands := relation(a, b)) is None:
+            continue
+        asked, answer = rng.choice([(stands, "yes"), (OPPOSITE[stands], "no")])
+        found.append(QA("places", f"Is {_place(a)} {asked} {_place(b)}?", answer))
+        first, second = a.name(attributes), b.name(attributes)
+        if first != second and _unique(scene, first, attributes) and _unique(scene, second, attributes):
+            found.append(QA("places", BOTH.format(first, second), f"{_place(a)}, {_place(b)}, {stands}"))
+    return found
 
 
 _Asked = tuple[str, str] | None  # question, answer

@@ -16,6 +16,7 @@ from experiments.data.shapes import (
     Split,
     World,
     caption,
+    comparisons,
     in_order,
     place_questions,
     plan,
@@ -78,7 +79,11 @@ class ShapeChats:
             turns += _turn(LAYOUT.format(said.text), plan(said.objects, self.world))
         for scene in scenes if kind == "relations" else []:
             shown = self._told(scene, rng)
-            for qa in relation_questions(scene, self.world, rng, RELATIONS):
+            steps = comparisons(scene, self.world, rng)
+            asked = relation_questions(scene, self.world, rng, RELATIONS) + rng.sample(
+                steps, min(RELATIONS, len(steps))
+            )
+            for qa in rng.sample(asked, len(asked)):
                 turns += _turn(shown + qa.question, qa.answer)
                 shown = ""
         return Example(messages=turns or self._about(scenes[0], self._told(scenes[0], rng), rng))
@@ -92,6 +97,8 @@ class ShapeChats:
         asked = {qa.question: qa for _ in range(3) for qa in questions(scene, self.world, rng)}
         asked |= {qa.question: qa for qa in relation_questions(scene, self.world, rng, RELATIONS)}
         short = [qa for qa in asked.values() if qa.kind != "caption"] + place_questions(scene, self.world)
+        steps = comparisons(scene, self.world, rng)
+        short += rng.sample(steps, min(RELATIONS, len(steps)))
         short = rng.sample(short, min(QUESTIONS, len(short)))
         everything = [qa for qa in asked.values() if qa.kind == "caption"]
         everything = [rng.choice([*everything, QA("places", PLACES, plan(in_order(scene, self.world), self.world))])]
