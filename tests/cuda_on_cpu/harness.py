@@ -1,0 +1,180 @@
+"""Builds kernels for the CPU with g++, and runs them on torch tensors. See README.md."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "vargpt" / "kernels" / "csrc"
+CACHE = HERE.parents[1] / "build" / "cuda_on_cpu"
+
+RUNTIME = ("runtime.cpp", "checker.cpp", "instructions.cpp")
+COMMON = ["-std=c++17", "-fPIC", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+EXACT = ["-ffp-contract=off"]  # a product and a sum are fused where the source says so, and nowhere else
+HOOKED = ["-fsanitize=thread", "-fno-strict-aliasing"]
+ONE_CALL_ONE_ADDRESS = ["-fno-thread-jumps", "-fno-crossjumping"]
+"""A barrier is known by its return address, so the compiler may neither copy nor merge calls."""
+
+
+class Counters(ctypes.Structure):
+    """What one launch took."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("switches", "mma", "ldmatrix", "bank_conflicts", "copied_bytes")]
+    switches: int
+    mma: int
+    ldmatrix: int
+    bank_conflicts: int
+    copied_bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the checker said about one launch, and what the launch took."""
+
+    reports: tuple[str, ...]
+    counters: Counters
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why kernels cannot be run on this machine's CPU; None where they can."""
+    if shutil.which("g++") is None:
+        return "there is no g++"
+    program = b"int read(int* p) { return *p; }"
+    command = ["g++", "-fsanitize=thread", "-x", "c++", "-c", "-", "-o", os.devnull]
+    tried = subprocess.run(command, input=program, capture_output=True)
+    return None if tried.returncode == 0 else "g++ does not know -fsanitize=thread here"
+
+
+@lru_cache(maxsize=1)
+def _compiler() -> str:
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _cached(name: str, suffix: str, flags: list[str], sources: Iterable[Path]) -> Path:
+    """Where the result of a compilation lies, or will lie: a name that changes with all that it is made from."""
+    digest = hashlib.sha256("\0".join([_compiler(), *flags]).encode())
+    for source in sorted(sources, key=lambda path: path.name):
+        digest.update(source.name.encode() + source.read_bytes())
+    return CACHE / f"{name}-{digest.hexdigest()[:20]}{suffix}"
+
+
+def _compile(flags: list[str], inputs: list[Path], output: Path) -> None:
+    """Run g++. Other processes may be at the same; whoever comes last replaces a file by an equal one."""
+    if output.exists():
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
+        made = Path(work) / output.name
+        command = ["g++", *flags, *map(str, inputs), "-o", str(made)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+        made.replace(output)
+
+
+@lru_cache(maxsize=1)
+def _runtime() -> list[Path]:
+    flags = [*COMMON, *EXACT, "-O2"]
+    objects = []
+    for name in RUNTIME:
+        objects.append(_cached(name.removesuffix(".cpp"), ".o", flags, [HERE / name, *HERE.glob("*.h")]))
+        _compile([*flags, "-c"], [HERE / name], objects[-1])
+    return objects
+
+
+@lru_cache(maxsize=1024)
+def _library(entry: Path, defines: tuple[str, ...], csrc: Path, optimize: str) -> Library:
+    flags = [*COMMON, *EXACT, *HOOKED, *ONE_CALL_ONE_ADDRESS, optimize, *defines]
+    objects = _runtime()
+    path = _cached(entry.stem, ".so", flags, [entry, *HERE.glob("*.h"), *csrc.glob("*.cuh"), *objects])
+    if not path.exists():
+        made = path.with_suffix(".o")
+        _compile([*flags, f"-I{HERE}", f"-I{csrc}", "-c"], [entry], made)
+        _compile(["-shared", "-Wl,-Bsymbolic", "-ldl"], [*objects, made], path)
+        made.unlink(missing_ok=True)
+    return Library(path)
+
+
+def build(entry: str, defines: Mapping[str, object] | None = None, csrc: Path = CSRC, optimize: str = "-O1") -> Library:
+    """The kernel that a .cpp file of this folder launches, compiled from the sources in ``csrc``."""
+    named = tuple(f"-D{name}={value}" for name, value in (defines or {}).items())
+    return _library(HERE / entry, named, csrc, optimize)
+
+
+class Library:
+    """A kernel with an emulator of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.cuda_on_cpu_reports.restype = ctypes.c_char_p
+
+    def launch(
+        self,
+        name: str,
+        *arguments: object,
+        reads: Iterable[Tensor],
+        writes: Iterable[Tensor],
+        seed: int = 0,
+    ) -> Run:
+        """Call an exported function, whose last argument is the seed of the schedule. The kernel may touch the
+        memory of these tensors and no other; between the numbers of a view lies memory that it may touch, too."""
+        for tensor in reads:
+            self._register(tensor, writable=False)
+        for tensor in writes:
+            self._register(tensor, writable=True)
+        getattr(self._library, name)(*arguments, ctypes.c_uint64(seed))
+        counters = Counters()
+        self._library.cuda_on_cpu_counters(ctypes.byref(counters))
+        lines = self._library.cuda_on_cpu_reports().decode().splitlines()
+        return Run(tuple(re.sub(r"@0x(\w+)", self._place, line) for line in lines), counters)
+
+    def function(self, name: str) -> Any:
+        """An exported function that launches nothing."""
+        return getattr(self._library, name)
+
+    def _register(self, tensor: Tensor, *, writable: bool) -> None:
+        pointer, span = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(span_of(tensor))
+        self._library.cuda_on_cpu_tensor(pointer, span, int(writable))
+
+    def _place(self, offset: re.Match[str]) -> str:
+        """Lines of source, innermost first."""
+        command = ["addr2line", "-s", "-i", "-e", str(self.path), offset[1]]
+        found = subprocess.run(command, capture_output=True, text=True)
+        return "at " + " < ".join(line.split(" ")[0] for line in found.stdout.splitlines())
+
+
+def span_of(tensor: Tensor) -> int:
+    """Bytes from a tensor's first number to its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def planted(to: Path, file: str, old: str, new: str) -> Path:
+    """A copy of the kernels' sources with a mistake in it: ``old``, which must stand there exactly once, is ``new``."""
+    text = (CSRC / file).read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"{file} must hold {old!r} once, not {text.count(old)} times")
+    shutil.copytree(CSRC, to, dirs_exist_ok=True)
+    (to / file).write_text(text.replace(old, new))
+    return to
+
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -1,0 +1,330 @@
+"""The forward kernel, run on the CPU from its CUDA source: right, free of races, every planted mistake noticed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.cuda_on_cpu.forward import Problem, Result, attention_forward
+from tests.cuda_on_cpu.harness import CSRC, planted, unavailable
+from tests.models import numbers, seeds
+from vargpt.kernels import attention
+from vargpt.scales import Limits
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no kernels on this CPU: {unavailable()}")
+
+VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+TILE = 64
+
+LAYOUTS = ("contiguous", "cache", "fused")
+
+
+def laid_out(x_BHLK: Tensor, layout: str) -> Tensor:
+    """The same numbers as a view of a larger tensor, which is NaN elsewhere: a longer cache, or a fused projection."""
+    if layout == "contiguous":
+        return x_BHLK
+    batch, heads, length, width = x_BHLK.shape
+    if layout == "cache":
+        view = x_BHLK.new_full((batch, heads, length + 5, width), math.nan)[:, :, :length]
+    else:
+        view = x_BHLK.new_full((batch, length + 1, 2, heads, width), math.nan)[:, :length, 1].transpose(1, 2)
+    return view.copy_(x_BHLK)
+
+
+def problem(
+    dtype: torch.dtype,
+    width: int,
+    limits: list[int],
+    *,
+    batch: int = 1,
+    key_heads: int = 1,
+    share: int = 1,
+    cosine: bool = True,
+    factor: float = 1.0,
+    layouts: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous"),
+    seed: int = 0,
+) -> Problem:
+    """Random inputs; ``factor`` multiplies cosine's usual 10, or the usual 1 / sqrt(width)."""
+    heads, keys = key_heads * share, limits[-1]
+    shapes = [(heads, len(limits)), (key_heads, keys), (key_heads, keys)]
+    q, k, v = (
+        laid_out(numbers(batch, *shape, width, seed=seed + i).to(dtype), layout)
+        for i, (shape, layout) in enumerate(zip(shapes, layouts, strict=True))
+    )
+    scales = (10 * factor * (1 + 0.1 * torch.arange(heads))).to(dtype) if cosine else None
+    return Problem(q, k, v, limits, scales, factor / math.sqrt(width))
+
+
+def visible_keys(patch_nums: Sequence[int]) -> list[int]:
+    """Limits of a scale schedule. Not by ScaleSchedule: beartype would draw random numbers, in a strategy."""
+    ends = accumulate(side * side for side in patch_nums)
+    return [end for side, end in zip(patch_nums, ends, strict=True) for _ in range(side * side)]
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtype: torch.dtype, width: int, cosine: bool) -> Problem:
+    if draw(st.booleans()):
+        sides = sorted(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+        visible = visible_keys(sides)
+        limits = visible[draw(st.integers(0, len(visible) - 1)) :]  # the queries are the last of the keys
+    else:
+        queries, before = draw(st.integers(1, 150)), draw(st.integers(0, 100))
+        own = before + 1 + torch.arange(queries)
+        random = torch.rand(queries, generator=torch.Generator().manual_seed(draw(seeds)))
+        limits = (own + random * (before + queries + 1 - own)).long().sort().values.tolist()
+    return problem(
+        dtype,
+        width,
+        limits,
+        batch=draw(st.integers(1, 2)),
+        key_heads=draw(st.integers(1, 2)),
+        share=draw(st.integers(1, 3)),
+        cosine=cosine,
+        factor=draw(st.sampled_from([0.1, 1.0, 10.0])),
+        layouts=draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 3)),
+        seed=draw(seeds),
+    )
+
+
+def plain(problem: Problem) -> Tensor:
+    """The usual code: products and normalisation in the inputs' precision, softmax in float32."""
+    return attention(
+        problem.q_BHLK,
+        problem.k_BGNK,
+        problem.v_BGNK,
+        limits=Limits.of(problem.limits),
+        cosine=problem.cosine,
+        scale=problem.scale if problem.cosine is None else None,
+        backend="matmul",
+    )
+
+
+def wrongs(problem: Problem, result: Result) -> list[str]:
+    """What is wrong with a result. The output may err twice as much as the plain code's, and round once."""
+    output, log_sum_exp = problem.exact()
+    bound = 2 * (plain(problem).double() - output).abs().max() + torch.finfo(output_dtype(problem)).eps / 2 * (
+        output.abs().max()
+    )
+    found = list(result.run.reports)
+    if not (result.output_BHLK.double() - output).abs().max() <= bound:
+        found.append("output")
+    if not ((result.log_sum_exp_BHL - log_sum_exp).abs() <= 2e-6 * (1 + log_sum_exp.abs())).all():
+        found.append("log-sum-exp")
+    if result.run.counters.bank_conflicts:
+        found.append("bank conflicts")
+    return found
+
+
+def output_dtype(problem: Problem) -> torch.dtype:
+    return problem.q_BHLK.dtype
+
+
+VARIANTS = [
+    (dtype, width, cosine)
+    for dtype in (torch.bfloat16, torch.float16)
+    for width in (64, 128)
+    for cosine in (True, False)
+]
+variants = pytest.mark.parametrize(("dtype", "width", "cosine"), VARIANTS)
+
+
+@variants
+@settings(max_examples=12)
+@given(data=st.data(), seed=st.integers(0, 3))
+def test_any_shape_is_right(dtype: torch.dtype, width: int, cosine: bool, data: st.DataObject, seed: int) -> None:
+    drawn = data.draw(problems(dtype, width, cosine))
+    assert wrongs(drawn, attention_forward(drawn, seed=seed)) == []
+
+
+@variants
+def test_one_token_sees_itself(dtype: torch.dtype, width: int, cosine: bool) -> None:
+    alone = problem(dtype, width, [1], cosine=cosine)
+    result = attention_forward(alone)
+    assert wrongs(alone, result) == []
+    assert torch.equal(result.output_BHLK, alone.v_BGNK)
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 127, 128, 129])
+def test_lengths_around_whole_tiles(length: int) -> None:
+    for limits in (list(range(1, length + 1)), [length] * length, [length + 1] * length):
+        edge = problem(torch.bfloat16, 64, limits)
+        assert wrongs(edge, attention_forward(edge)) == []
+
+
+@pytest.mark.slow
+@variants
+def test_the_published_256_pixel_schedule(dtype: torch.dtype, width: int, cosine: bool) -> None:
+    limits = visible_keys(VAR_256)
+    whole = problem(dtype, width, limits, batch=2, key_heads=2, cosine=cosine)
+    assert wrongs(whole, attention_forward(whole, seed=1)) == []
+
+
+SMALL = (1, 2, 3, 5, 6, 8)
+"""139 tokens: three tiles, the last one in part."""
+
+
+def with_all_sides(dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Problem:
+    """20 keys from before, shared key heads, odd layouts, and a query and a key of zeros: most mistakes show here."""
+    limits = [20 + limit for limit in visible_keys(SMALL)]
+    layouts = ("fused", "cache", "fused")
+    all_sides = problem(dtype, width, limits, batch=2, key_heads=2, share=2, layouts=layouts)
+    all_sides.q_BHLK[:, :, 7] = 0
+    all_sides.k_BGNK[:, :, 30] = 0
+    return all_sides
+
+
+def test_schedules_change_neither_a_bit_nor_the_verdict() -> None:
+    case = with_all_sides()
+    first = attention_forward(case)
+    assert wrongs(case, first) == []
+    for seed in range(1, 7):
+        other = attention_forward(case, seed=seed)
+        assert other.run.reports == ()
+        assert torch.equal(other.output_BHLK, first.output_BHLK)
+        assert torch.equal(other.log_sum_exp_BHL, first.log_sum_exp_BHL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("largest", [0, 63, 64, 200])
+def test_the_largest_logit_may_come_at_any_time(dtype: torch.dtype, largest: int) -> None:
+    # Logits of hundreds: without the largest taken off, their exponentials would overflow.
+    case = problem(dtype, 64, [201] * 3, cosine=False, factor=1.0)
+    case.k_BGNK[:, :, largest] = 30 * case.q_BHLK[:, :, 0]
+    result = attention_forward(case)
+    assert wrongs(case, result) == []
+    assert float(result.log_sum_exp_BHL[0, 0, 0]) > 100
+
+
+def test_rows_of_a_block_that_do_not_exist_are_not_written() -> None:
+    case = problem(torch.bfloat16, 64, [3, 3, 3], batch=2, key_heads=3)
+    assert attention_forward(case).run.reports == ()  # the output is registered to its last number
+
+
+@variants
+def test_work_is_that_of_visible_tiles_only(dtype: torch.dtype, width: int, cosine: bool) -> None:
+    limits = visible_keys(SMALL)
+    case = problem(dtype, width, limits, batch=2, key_heads=1, share=3, cosine=cosine)
+    counters = attention_forward(case).run.counters
+    heads, query_tiles = 2 * 3, range(0, len(limits), TILE)
+    key_tiles = sum(-(-limits[min(first + TILE, len(limits)) - 1] // TILE) for first in query_tiles)
+    products = 2 * TILE * TILE * width  # queries times keys, weights times values
+    assert counters.mma == heads * key_tiles * products // (16 * 8 * 16)
+    keys = sum(min(limits[-1], TILE * -(-limits[min(first + TILE, len(limits)) - 1] // TILE)) for first in query_tiles)
+    assert counters.copied_bytes == heads * 2 * width * (len(limits) + 2 * keys)
+    assert counters.bank_conflicts == 0
+
+
+# ---- Planted mistakes ----
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One place of the source changed, and what must be noticed: a part of a report, or what of the result is wrong."""
+
+    file: str
+    old: str
+    new: str
+    noticed: str
+
+
+FORWARD, TILES = "attention_forward.cuh", "tiles.cuh"
+RACE = "race in shared memory"
+MISTAKES = {
+    "the queries' wait_group lets one group more pass": Mistake(
+        FORWARD, "cp_async_wait<1>();", "cp_async_wait<2>();", "reads where a cp.async has not arrived"
+    ),
+    "the tiles' wait_group lets one group pass": Mistake(
+        FORWARD, "cp_async_wait<0>();", "cp_async_wait<1>();", "reads where a cp.async has not arrived"
+    ),
+    "the queries' copies are not a group of their own": Mistake(
+        FORWARD, "  cp_async_commit();\n  load_keys", "  load_keys", "reads where a cp.async has not arrived"
+    ),
+    "no barrier after the queries": Mistake(FORWARD, "__syncthreads();     // the other threads' queries", "//", RACE),
+    "no barrier before a tile": Mistake(FORWARD, "__syncthreads();     // everybody's is", "//", RACE),
+    "no barrier after the lengths": Mistake(FORWARD, "__syncthreads();  // lengths of keys", "//", RACE),
+    "one warp passes a barrier by": Mistake(
+        FORWARD, "__syncthreads();  // lengths of keys", "if (warp()) __syncthreads();  //", "divergence"
+    ),
+    "both stages are one": Mistake(
+        FORWARD, "const int stage = tile % 2, first_key", "const int stage = 0, first_key", "cp.async"
+    ),
+    "copies beyond the last tile": Mistake(
+        FORWARD, "if (tile + 1 < tiles)", "if (tile < tiles)", "ends while a cp.async is on its way"
+    ),
+    "shared memory without room for the lengths": Mistake(
+        FORWARD, "4 * key_bytes + kKeyTile * int(sizeof(float));", "4 * key_bytes;", "writes outside"
+    ),
+    "the lengths lie on the values": Mistake(
+        FORWARD, "(data + query_bytes + 4 * key_bytes)", "(data + query_bytes + 3 * key_bytes)", "race"
+    ),
+    "a limit is passed by one": Mistake(FORWARD, "if (key >= limits", "if (key > limits", "output"),
+    "tiles that not all queries see are not masked": Mistake(
+        FORWARD, "all_see = call.limits[first_query]", "all_see = call.limits[end_query - 1]", "output"
+    ),
+    "the last tile in part is left out": Mistake(
+        FORWARD, "(some_see + kKeyTile - 1) / kKeyTile", "some_see / kKeyTile", "output"
+    ),
+    "limits are read beyond the last query": Mistake(
+        FORWARD,
+        "call.limits[min(warp_row + row_of(half), call.query_count - 1)]",
+        "call.limits[warp_row + row_of(half)]",
+        "reads outside",
+    ),
+    "rows beyond the last query are written": Mistake(
+        FORWARD, "if (query < call.query_count)", "if (query <= call.query_count)", "race in a tensor"
+    ),
+    "rows beyond the last key are read": Mistake(TILES, "first_row + row < end", "first_row + row <= end", "output"),
+    "two blocks write the same rows": Mistake(
+        FORWARD, "(gridDim.x - 1 - blockIdx.x)", "(gridDim.x - 1 - blockIdx.x / 2)", "race in a tensor"
+    ),
+    "all lanes of a quad write the log-sum-exp": Mistake(
+        FORWARD, "if (lane() % 4 == 0) log", "log", "race in a tensor"
+    ),
+    "the values' stride is the keys'": Mistake(FORWARD, "call.values.token_stride", "call.keys.token_stride", "output"),
+    "query heads take turns in key heads": Mistake(
+        FORWARD, "head / (call.heads / call.key_heads)", "head % call.key_heads", "output"
+    ),
+    "the output does not shrink": Mistake(FORWARD, "output[eight][2 * half] *= shrink;", "", "output"),
+    "the total does not shrink": Mistake(
+        FORWARD, "fmaf(total[half], shrink, tile_total)", "total[half] + tile_total", "output"
+    ),
+    "the largest logit is the tile's": Mistake(
+        FORWARD, "fmaxf(before, quad_max(tile_largest))", "quad_max(tile_largest)", "output"
+    ),
+    "each lane has a largest logit of its own": Mistake(
+        FORWARD, "fmaxf(before, quad_max(tile_largest))", "fmaxf(before, tile_largest)", "output"
+    ),
+    "half of a quad is summed": Mistake(TILES, "return value + shfl_xor(value, 2);", "return value;", "output"),
+    "half of a key is measured": Mistake(FORWARD, "squares += shfl_xor(squares, 1);", "", "output"),
+    "a length of zero is divided by": Mistake(FORWARD, "fmaxf(sqrtf(squares), 1e-12f)", "sqrtf(squares)", "output"),
+    "the log-sum-exp is of base 2": Mistake(
+        FORWARD, "+ log2_approx(total)) * kLn2", "+ log2_approx(total))", "log-sum-exp"
+    ),
+    "values are not transposed": Mistake(TILES, "ldmatrix_x4_transposed(fragment", "ldmatrix_x4(fragment", "output"),
+    "no swizzle": Mistake(TILES, "(chunk ^ (row % 8))", "chunk", "bank conflicts"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_planted_mistake_is_noticed(name: str, tmp_path: Path) -> None:
+    mistake = MISTAKES[name]
+    csrc = planted(tmp_path / "csrc", mistake.file, mistake.old, mistake.new)
+    case = with_all_sides()
+    for seed in range(3):
+        found = wrongs(case, attention_forward(case, seed=seed, csrc=csrc))
+        assert any(mistake.noticed in each for each in found), (seed, found)
+
+
+def test_a_mistake_that_fits_nowhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must hold 'no such text' once, not 0 times"):
+        planted(tmp_path / "csrc", FORWARD, "no such text", "")
+    assert (CSRC / FORWARD).read_text().count("__syncthreads();") == 3  # each of them is removed above
