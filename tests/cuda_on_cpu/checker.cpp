@@ -121,7 +121,8 @@ void check_cell(Cell& cell, const Access& now, bool writes, bool in_shared, cons
   if (cell.copying) {
     report(verb + std::string(" where a cp.async has not arrived: that of ") + describe(cell.write), site);
   } else if (cell.write.happened() && !ordered(cell.write, now)) {
-    report(std::string("race in ") + memory + ", " + verb + " after an unordered write: of " + describe(cell.write), site);
+    report(std::string("race in ") + memory + ", " + verb + " after an unordered write: of " + describe(cell.write),
+           site);
   } else if (!writes && !cell.write.happened() && in_shared) {
     report("reads shared memory that nobody wrote", site);
   }
@@ -229,18 +230,24 @@ const char* cuda_on_cpu_reports() {
 
 // ---- What g++ -fsanitize=thread calls ----
 
-#define HOOKS(bytes)                                                                                                   \
-  void __tsan_read##bytes(void* p) { cuda_on_cpu::check_hook(p, bytes, false, __builtin_return_address(0)); }           \
-  void __tsan_write##bytes(void* p) { cuda_on_cpu::check_hook(p, bytes, true, __builtin_return_address(0)); }           \
-  void __tsan_unaligned_read##bytes(void* p) { cuda_on_cpu::check_hook(p, bytes, false, __builtin_return_address(0)); } \
-  void __tsan_unaligned_write##bytes(void* p) { cuda_on_cpu::check_hook(p, bytes, true, __builtin_return_address(0)); }
+#define HOOK(name, bytes, writes) \
+  void name(void* p) { cuda_on_cpu::check_hook(p, bytes, writes, __builtin_return_address(0)); }
+#define HOOKS(bytes)                          \
+  HOOK(__tsan_read##bytes, bytes, false)      \
+  HOOK(__tsan_write##bytes, bytes, true)      \
+  HOOK(__tsan_unaligned_read##bytes, bytes, false) \
+  HOOK(__tsan_unaligned_write##bytes, bytes, true)
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
-void __tsan_read_range(void* p, size_t bytes) { cuda_on_cpu::check_hook(p, bytes, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t bytes) { cuda_on_cpu::check_hook(p, bytes, true, __builtin_return_address(0)); }
+void __tsan_read_range(void* p, size_t bytes) {
+  cuda_on_cpu::check_hook(p, bytes, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, size_t bytes) {
+  cuda_on_cpu::check_hook(p, bytes, true, __builtin_return_address(0));
+}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}

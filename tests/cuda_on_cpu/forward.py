@@ -1,16 +1,21 @@
-"""The forward kernel of csrc/attention_forward.cuh on the CPU, and what it should compute."""
+"""The forward kernel of csrc/attention_forward.cuh as a Python function: from its source, and from nvcc's PTX."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tests.cuda_on_cpu.harness import CSRC, DTYPES, Run, build
+from tests.cuda_on_cpu.harness import CSRC, DTYPES, Library, Run, build, emit_ptx, span_of
+from tests.cuda_on_cpu.problems import Problem
+from tests.cuda_on_cpu.ptx import Array, Machine, Memory, Program
 
 
 class View(ctypes.Structure):
@@ -39,61 +44,89 @@ class AttentionForward(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Inputs of one call; ``cosine`` holds a scale for each head, or is None: then ``scale`` holds for all."""
-
-    q_BHLK: Tensor
-    k_BGNK: Tensor
-    v_BGNK: Tensor
-    limits: list[int]
-    cosine: Tensor | None = None
-    scale: float = 1.0
-
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp in float64."""
-        q, k, v = (x.double() for x in (self.q_BHLK, self.k_BGNK, self.v_BGNK))
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        if self.cosine is not None:
-            q, k = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (q, k))
-            q = q * self.cosine.double()[:, None, None]
-        else:
-            q = q * self.scale
-        hidden = torch.arange(k.shape[2]) >= torch.tensor(self.limits)[:, None]
-        logits = (q @ k.transpose(-2, -1)).masked_fill(hidden, -math.inf)
-        return logits.softmax(-1) @ v, logits.logsumexp(-1)
+class Shape(ctypes.Structure):
+    _fields_ = [("grid", ctypes.c_uint * 3), ("threads", ctypes.c_int), ("shared_bytes", ctypes.c_int)]
 
 
 @dataclass(frozen=True)
 class Result:
     output_BHLK: Tensor
     log_sum_exp_BHL: Tensor
-    run: Run
+    run: Run | None = None
+
+
+class Launch:
+    """A problem's tensors, as a kernel wants them. The output lies in memory as [B, L, H, K], as the projection after
+    it wants it, and is NaN where nothing is written."""
+
+    def __init__(self, problem: Problem) -> None:
+        q, k, v = problem.q_BHLK, problem.k_BGNK, problem.v_BGNK
+        self.batch, heads, queries, width = q.shape
+        self.output = torch.full((self.batch, queries, heads, width), math.nan, dtype=q.dtype).transpose(1, 2)
+        self.log_sum_exp = torch.full((self.batch, heads, queries), math.nan)
+        limits = torch.tensor(problem.limits, dtype=torch.int32)
+        self.reads, self.writes = [q, k, v, limits], [self.output, self.log_sum_exp]
+        if problem.cosine is not None:
+            self.reads.append(problem.cosine.float())
+        self.call = AttentionForward(
+            *(View.of(x) for x in (q, k, v, self.output)),
+            self.log_sum_exp.data_ptr(),
+            limits.data_ptr(),
+            None if problem.cosine is None else self.reads[-1].data_ptr(),
+            problem.scale,
+            heads,
+            k.shape[1],
+            queries,
+            k.shape[2],
+        )
+        cosine = str(problem.cosine is not None).lower()
+        self.defines = {"FORMAT": DTYPES[q.dtype], "WIDTH": width, "COSINE": cosine}
 
 
 def attention_forward(problem: Problem, *, seed: int = 0, csrc: Path = CSRC) -> Result:
-    """Run the kernel; the output lies in memory as [B, L, H, K], as the projection after it wants it."""
-    q, k, v = problem.q_BHLK, problem.k_BGNK, problem.v_BGNK
-    batch, heads, queries, width = q.shape
-    output = torch.full((batch, queries, heads, width), math.nan, dtype=q.dtype).transpose(1, 2)
-    log_sum_exp = torch.full((batch, heads, queries), math.nan)
-    limits = torch.tensor(problem.limits, dtype=torch.int32)
-    inputs = [q, k, v, limits]
-    if problem.cosine is not None:
-        inputs.append(problem.cosine.float())
-    call = AttentionForward(
-        *(View.of(x) for x in (q, k, v, output)),
-        log_sum_exp.data_ptr(),
-        limits.data_ptr(),
-        None if problem.cosine is None else inputs[-1].data_ptr(),
-        problem.scale,
-        heads,
-        k.shape[1],
-        queries,
-        k.shape[2],
+    """The kernel's source, compiled by g++ and watched by the checker."""
+    launch = Launch(problem)
+    run = build("attention_forward.cpp", launch.defines, csrc).launch(
+        "attention_forward_on_cpu",
+        ctypes.byref(launch.call),
+        launch.batch,
+        reads=launch.reads,
+        writes=launch.writes,
+        seed=seed,
     )
-    defines = {"FORMAT": DTYPES[q.dtype], "WIDTH": width, "COSINE": str(problem.cosine is not None).lower()}
-    run = build("attention_forward.cpp", defines, csrc).launch(
-        "attention_forward_on_cpu", ctypes.byref(call), batch, reads=inputs, writes=[output, log_sum_exp], seed=seed
-    )
-    return Result(output, log_sum_exp, run)
+    return Result(launch.output, launch.log_sum_exp, run)
+
+
+def attention_forward_ptx(problem: Problem, *, csrc: Path = CSRC, arch: str = "sm_80") -> Result:
+    """The PTX that nvcc makes of it, interpreted."""
+    launch = Launch(problem)
+    library = build("attention_forward.cpp", launch.defines)
+    shape = Shape()
+    library.function("attention_forward_shape")(ctypes.byref(launch.call), launch.batch, ctypes.byref(shape))
+    memories = [memory_of(x, writable=False) for x in launch.reads] + [memory_of(x) for x in launch.writes]
+    x, y, z = shape.grid
+    Machine(
+        Program.parse(emit_ptx("attention_forward.cu", launch.defines, csrc, arch)),
+        grid=(x, y, z),
+        block=shape.threads,
+        shared_bytes=shape.shared_bytes,
+        parameter=bytes(launch.call),
+        memories=memories,
+        approximations={name: partial(approximate, library, f"cuda_on_cpu_{c}") for name, c in APPROXIMATIONS.items()},
+    ).run()
+    return Result(launch.output, launch.log_sum_exp)
+
+
+APPROXIMATIONS = {"ex2": "exp2", "lg2": "log2"}
+
+
+def approximate(library: Library, name: str, x: Array) -> Array:
+    """A function of the emulator, so that the two ways to run a kernel can agree to the last bit."""
+    result = np.array(x, np.float32)
+    library.function(name)(ctypes.c_void_p(result.ctypes.data), ctypes.c_size_t(result.size))
+    return result
+
+
+def memory_of(tensor: Tensor, writable: bool = True) -> Memory:
+    array_type: Any = ctypes.c_uint8 * span_of(tensor)
+    return Memory(tensor.data_ptr(), np.ctypeslib.as_array(array_type.from_address(tensor.data_ptr())), writable)

@@ -60,60 +60,75 @@ def unavailable() -> str | None:
     return None if tried.returncode == 0 else "g++ does not know -fsanitize=thread here"
 
 
-@lru_cache(maxsize=1)
-def _compiler() -> str:
-    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+@lru_cache(maxsize=8)
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _cached(name: str, suffix: str, flags: list[str], sources: Iterable[Path]) -> Path:
+def _cached(name: str, suffix: str, command: list[str], sources: Iterable[Path]) -> Path:
     """Where the result of a compilation lies, or will lie: a name that changes with all that it is made from."""
-    digest = hashlib.sha256("\0".join([_compiler(), *flags]).encode())
+    digest = hashlib.sha256("\0".join([_version(command[0]), *command]).encode())
     for source in sorted(sources, key=lambda path: path.name):
         digest.update(source.name.encode() + source.read_bytes())
     return CACHE / f"{name}-{digest.hexdigest()[:20]}{suffix}"
 
 
-def _compile(flags: list[str], inputs: list[Path], output: Path) -> None:
-    """Run g++. Other processes may be at the same; whoever comes last replaces a file by an equal one."""
+def _compile(command: list[str], inputs: list[Path], output: Path) -> None:
+    """Run a compiler. Other processes may be at the same; whoever comes last replaces a file by an equal one."""
     if output.exists():
         return
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         made = Path(work) / output.name
-        command = ["g++", *flags, *map(str, inputs), "-o", str(made)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        whole = [*command, *map(str, inputs), "-o", str(made)]
+        result = subprocess.run(whole, capture_output=True, text=True)
         if result.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+            raise RuntimeError(f"{' '.join(whole)}\n{result.stderr}")
         made.replace(output)
 
 
 @lru_cache(maxsize=1)
 def _runtime() -> list[Path]:
-    flags = [*COMMON, *EXACT, "-O2"]
+    command = ["g++", *COMMON, *EXACT, "-O2", "-c"]
     objects = []
     for name in RUNTIME:
-        objects.append(_cached(name.removesuffix(".cpp"), ".o", flags, [HERE / name, *HERE.glob("*.h")]))
-        _compile([*flags, "-c"], [HERE / name], objects[-1])
+        objects.append(_cached(name.removesuffix(".cpp"), ".o", command, [HERE / name, *HERE.glob("*.h")]))
+        _compile(command, [HERE / name], objects[-1])
     return objects
 
 
 @lru_cache(maxsize=1024)
-def _library(entry: Path, defines: tuple[str, ...], csrc: Path, optimize: str) -> Library:
-    flags = [*COMMON, *EXACT, *HOOKED, *ONE_CALL_ONE_ADDRESS, optimize, *defines]
+def _library(entry: Path, defines: tuple[str, ...], csrc: Path) -> Library:
+    command = ["g++", *COMMON, *EXACT, *HOOKED, *ONE_CALL_ONE_ADDRESS, "-O1", "-c", *defines]
     objects = _runtime()
-    path = _cached(entry.stem, ".so", flags, [entry, *HERE.glob("*.h"), *csrc.glob("*.cuh"), *objects])
+    sources = [entry, *HERE.glob("*.h"), *csrc.glob("*.cuh"), *objects]
+    path = _cached(entry.stem, ".so", command, sources)
     if not path.exists():
-        made = path.with_suffix(".o")
-        _compile([*flags, f"-I{HERE}", f"-I{csrc}", "-c"], [entry], made)
-        _compile(["-shared", "-Wl,-Bsymbolic", "-ldl"], [*objects, made], path)
-        made.unlink(missing_ok=True)
+        made = _cached(entry.stem, ".o", command, sources)
+        _compile([*command, f"-I{HERE}", f"-I{csrc}"], [entry], made)
+        _compile(["g++", "-shared", "-Wl,-Bsymbolic", "-ldl"], [*objects, made], path)
     return Library(path)
 
 
-def build(entry: str, defines: Mapping[str, object] | None = None, csrc: Path = CSRC, optimize: str = "-O1") -> Library:
+def build(entry: str, defines: Mapping[str, object] | None = None, csrc: Path = CSRC) -> Library:
     """The kernel that a .cpp file of this folder launches, compiled from the sources in ``csrc``."""
-    named = tuple(f"-D{name}={value}" for name, value in (defines or {}).items())
-    return _library(HERE / entry, named, csrc, optimize)
+    return _library(HERE / entry, _flags(defines), csrc)
+
+
+def _flags(defines: Mapping[str, object] | None) -> tuple[str, ...]:
+    return tuple(f"-D{name}={value}" for name, value in (defines or {}).items())
+
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def emit_ptx(entry: str, defines: Mapping[str, object] | None = None, csrc: Path = CSRC, arch: str = "sm_80") -> str:
+    """What nvcc makes of a .cu file of this folder."""
+    assert NVCC is not None
+    command = [NVCC, "-std=c++17", "-ptx", f"-arch={arch}", *_flags(defines)]
+    path = _cached(Path(entry).stem, ".ptx", command, [HERE / entry, *csrc.glob("*.cuh")])
+    _compile([*command, f"-I{csrc}"], [HERE / entry], path)
+    return path.read_text()
 
 
 class Library:

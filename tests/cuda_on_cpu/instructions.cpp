@@ -176,3 +176,13 @@ float exp2_approx(float x) { return x < -126 ? 0 : exp2f(x); }
 float log2_approx(float x) { return log2f(x); }
 
 }  // namespace cuda_on_cpu
+
+// For the interpreter of PTX, which must not differ in these.
+extern "C" {
+void cuda_on_cpu_exp2(float* numbers, size_t count) {
+  for (size_t i = 0; i < count; ++i) numbers[i] = cuda_on_cpu::exp2_approx(numbers[i]);
+}
+void cuda_on_cpu_log2(float* numbers, size_t count) {
+  for (size_t i = 0; i < count; ++i) numbers[i] = cuda_on_cpu::log2_approx(numbers[i]);
+}
+}

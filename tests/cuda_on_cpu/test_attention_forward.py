@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.cuda_on_cpu.forward import Problem, Result, attention_forward
+from tests.cuda_on_cpu.forward import Result, attention_forward
 from tests.cuda_on_cpu.harness import CSRC, planted, unavailable
-from tests.models import numbers, seeds
+from tests.cuda_on_cpu.problems import SMALL, Problem, problem, problems, visible_keys, with_all_sides
 from vargpt.kernels import attention
 from vargpt.scales import Limits
 
@@ -24,75 +21,6 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no kernels o
 
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 TILE = 64
-
-LAYOUTS = ("contiguous", "cache", "fused")
-
-
-def laid_out(x_BHLK: Tensor, layout: str) -> Tensor:
-    """The same numbers as a view of a larger tensor, which is NaN elsewhere: a longer cache, or a fused projection."""
-    if layout == "contiguous":
-        return x_BHLK
-    batch, heads, length, width = x_BHLK.shape
-    if layout == "cache":
-        view = x_BHLK.new_full((batch, heads, length + 5, width), math.nan)[:, :, :length]
-    else:
-        view = x_BHLK.new_full((batch, length + 1, 2, heads, width), math.nan)[:, :length, 1].transpose(1, 2)
-    return view.copy_(x_BHLK)
-
-
-def problem(
-    dtype: torch.dtype,
-    width: int,
-    limits: list[int],
-    *,
-    batch: int = 1,
-    key_heads: int = 1,
-    share: int = 1,
-    cosine: bool = True,
-    factor: float = 1.0,
-    layouts: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous"),
-    seed: int = 0,
-) -> Problem:
-    """Random inputs; ``factor`` multiplies cosine's usual 10, or the usual 1 / sqrt(width)."""
-    heads, keys = key_heads * share, limits[-1]
-    shapes = [(heads, len(limits)), (key_heads, keys), (key_heads, keys)]
-    q, k, v = (
-        laid_out(numbers(batch, *shape, width, seed=seed + i).to(dtype), layout)
-        for i, (shape, layout) in enumerate(zip(shapes, layouts, strict=True))
-    )
-    scales = (10 * factor * (1 + 0.1 * torch.arange(heads))).to(dtype) if cosine else None
-    return Problem(q, k, v, limits, scales, factor / math.sqrt(width))
-
-
-def visible_keys(patch_nums: Sequence[int]) -> list[int]:
-    """Limits of a scale schedule. Not by ScaleSchedule: beartype would draw random numbers, in a strategy."""
-    ends = accumulate(side * side for side in patch_nums)
-    return [end for side, end in zip(patch_nums, ends, strict=True) for _ in range(side * side)]
-
-
-@st.composite
-def problems(draw: st.DrawFn, dtype: torch.dtype, width: int, cosine: bool) -> Problem:
-    if draw(st.booleans()):
-        sides = sorted(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
-        visible = visible_keys(sides)
-        limits = visible[draw(st.integers(0, len(visible) - 1)) :]  # the queries are the last of the keys
-    else:
-        queries, before = draw(st.integers(1, 150)), draw(st.integers(0, 100))
-        own = before + 1 + torch.arange(queries)
-        random = torch.rand(queries, generator=torch.Generator().manual_seed(draw(seeds)))
-        limits = (own + random * (before + queries + 1 - own)).long().sort().values.tolist()
-    return problem(
-        dtype,
-        width,
-        limits,
-        batch=draw(st.integers(1, 2)),
-        key_heads=draw(st.integers(1, 2)),
-        share=draw(st.integers(1, 3)),
-        cosine=cosine,
-        factor=draw(st.sampled_from([0.1, 1.0, 10.0])),
-        layouts=draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 3)),
-        seed=draw(seeds),
-    )
 
 
 def plain(problem: Problem) -> Tensor:
@@ -110,22 +38,18 @@ def plain(problem: Problem) -> Tensor:
 
 def wrongs(problem: Problem, result: Result) -> list[str]:
     """What is wrong with a result. The output may err twice as much as the plain code's, and round once."""
-    output, log_sum_exp = problem.exact()
-    bound = 2 * (plain(problem).double() - output).abs().max() + torch.finfo(output_dtype(problem)).eps / 2 * (
-        output.abs().max()
-    )
+    assert result.run is not None
     found = list(result.run.reports)
-    if not (result.output_BHLK.double() - output).abs().max() <= bound:
+    output, log_sum_exp = problem.exact()
+    rounding = torch.finfo(problem.q_BHLK.dtype).eps / 2 * output.abs().max()
+    error, plain_error = ((x.double() - output).abs().max() for x in (result.output_BHLK, plain(problem)))
+    if not error <= 2 * plain_error + rounding:
         found.append("output")
     if not ((result.log_sum_exp_BHL - log_sum_exp).abs() <= 2e-6 * (1 + log_sum_exp.abs())).all():
         found.append("log-sum-exp")
     if result.run.counters.bank_conflicts:
         found.append("bank conflicts")
     return found
-
-
-def output_dtype(problem: Problem) -> torch.dtype:
-    return problem.q_BHLK.dtype
 
 
 VARIANTS = [
@@ -166,20 +90,6 @@ def test_the_published_256_pixel_schedule(dtype: torch.dtype, width: int, cosine
     limits = visible_keys(VAR_256)
     whole = problem(dtype, width, limits, batch=2, key_heads=2, cosine=cosine)
     assert wrongs(whole, attention_forward(whole, seed=1)) == []
-
-
-SMALL = (1, 2, 3, 5, 6, 8)
-"""139 tokens: three tiles, the last one in part."""
-
-
-def with_all_sides(dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Problem:
-    """20 keys from before, shared key heads, odd layouts, and a query and a key of zeros: most mistakes show here."""
-    limits = [20 + limit for limit in visible_keys(SMALL)]
-    layouts = ("fused", "cache", "fused")
-    all_sides = problem(dtype, width, limits, batch=2, key_heads=2, share=2, layouts=layouts)
-    all_sides.q_BHLK[:, :, 7] = 0
-    all_sides.k_BGNK[:, :, 30] = 0
-    return all_sides
 
 
 def test_schedules_change_neither_a_bit_nor_the_verdict() -> None:
@@ -319,7 +229,7 @@ def test_a_planted_mistake_is_noticed(name: str, tmp_path: Path) -> None:
     mistake = MISTAKES[name]
     csrc = planted(tmp_path / "csrc", mistake.file, mistake.old, mistake.new)
     case = with_all_sides()
-    for seed in range(3):
+    for seed in (0, 1):
         found = wrongs(case, attention_forward(case, seed=seed, csrc=csrc))
         assert any(mistake.noticed in each for each in found), (seed, found)
 

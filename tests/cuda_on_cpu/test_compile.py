@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cuda_on_cpu.harness import CSRC
+from tests.cuda_on_cpu.harness import CSRC, NVCC
 
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHITECTURES = ("sm_80", "sm_90")
 
 REGISTERS = 65536  # of a multiprocessor
@@ -19,6 +17,7 @@ THREADS = 128
 BLOCKS = {64: 3, 128: 2}  # AttentionForwardShared::blocks_per_multiprocessor
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_forward_kernels_spill_nothing_and_keep_to_their_registers(tmp_path: Path) -> None:
     assert NVCC is not None

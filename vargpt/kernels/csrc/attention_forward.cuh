@@ -3,10 +3,10 @@
 // Query i sees the first limits[i] keys: one number instead of a row of a mask. Its logits are
 //     scale q.k,  or with cosine  head_scales[head] (q / |q|).(k / |k|).
 //
-// A block of four warps computes 64 queries of one head, 16 a warp. It walks over the keys, 64 at a time, and keeps for
-// every query the largest logit so far, the total of the weights exp(logit - largest), and the weights times the values;
-// when a larger logit comes, total and output shrink (FlashAttention, arXiv 2205.14135). Nothing of the size queries x
-// keys is ever written. While one tile of keys and values is computed, the next one is copied.
+// A block of four warps computes 64 queries of one head, 16 a warp. It walks over the keys, 64 at a time, and keeps
+// for every query the largest logit so far, the total of the weights exp(logit - largest), and the weights times the
+// values; when a larger logit comes, total and output shrink (FlashAttention, arXiv 2205.14135). Nothing of the size
+// queries x keys is ever written. While one tile of keys and values is computed, the next one is copied.
 //
 // Two decisions on numbers. Lengths are divided out of the logits, not out of queries and keys: these stay as they are,
 // and no rounding to 16 bits comes in between. Logits are kept in base 2, since exp2 is the hardware's exponential.
@@ -76,8 +76,8 @@ DEVICE void measure_queries(float (&inverse_lengths)[2], const uint32_t (&querie
   }
 }
 
-// 1 / |key| of all keys of a tile, two threads a key, each of which takes every other run of four chunks: then 8 threads
-// in succession, whose 16-byte reads the hardware serves together, read from different banks.
+// 1 / |key| of all keys of a tile, two threads a key, each of which takes every other run of four chunks: then 8
+// threads in succession, whose 16-byte reads the hardware serves together, read from different banks.
 template <Format format, int width>
 DEVICE void measure_keys(float* inverse_lengths, Tile<width> keys) {
   static_assert(kThreads == 2 * kKeyTile, "two threads a key");
@@ -177,7 +177,8 @@ struct RunningSoftmax {
   }
 };
 
-// The layout of sums and that of left factors agree: weights go from one product into the next without leaving the lane.
+// The layout of sums and that of left factors agree: weights go from one product into the next without leaving the
+// lane.
 template <Format format, int width>
 DEVICE void multiply_weights_and_values(float (&output)[width / 8][4], const Logits& weights, Tile<width> values) {
 #pragma unroll
@@ -200,7 +201,8 @@ DEVICE void multiply_weights_and_values(float (&output)[width / 8][4], const Log
 // Writes a lane's two rows. The four lanes of a quad write 16 bytes side by side; that is half a sector, but happens
 // once per query, where keys and values are read once per 64.
 template <Format format, int width>
-DEVICE void store(const AttentionForward& call, const RunningSoftmax<width>& softmax, int batch, int head, int warp_row) {
+DEVICE void store(const AttentionForward& call, const RunningSoftmax<width>& softmax, int batch, int head,
+                  int warp_row) {
   uint16_t* output = call.output.tokens(batch, head);
   float* log_sum_exp = call.log_sum_exp + (int64_t(batch) * call.heads + head) * call.query_count;
 #pragma unroll

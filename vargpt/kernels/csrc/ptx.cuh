@@ -43,7 +43,8 @@ DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_
 // is nothing to copy; `from` is then not read, but must be a valid address all the same.
 DEVICE void cp_async_16(void* to, const void* from, bool exists) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(exists ? 16 : 0)
+  const int bytes = exists ? 16 : 0;  // to be read; the rest of the 16 that are written is zeros
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                : "memory");
 #else
   cuda_on_cpu::cp_async_16(to, from, exists);
@@ -159,9 +160,8 @@ DEVICE float2 unpack(uint32_t pair) {
   if constexpr (format == Format::bf16) {  // a bfloat16 is the upper half of a float
     numbers = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
   } else {
-    asm("{ .reg .f16 first, second; mov.b32 {first, second}, %2; cvt.f32.f16 %0, first; cvt.f32.f16 %1, second; }"
-        : "=f"(numbers.x), "=f"(numbers.y)
-        : "r"(pair));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(numbers.x) : "h"(static_cast<uint16_t>(pair)));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(numbers.y) : "h"(static_cast<uint16_t>(pair >> 16)));
   }
   return numbers;
 #else

@@ -18,7 +18,8 @@ struct View {
   DEVICE Number* tokens(int batch, int head) const { return data + batch * batch_stride + head * head_stride; }
 };
 
-// Rows of `width` 16-bit numbers in shared memory, in chunks of 8 numbers (16 bytes).
+// Rows of `width` 16-bit numbers in shared memory, in chunks of 8 numbers (16 bytes). Places are counted without a
+// sign: division by powers of two is then a shift.
 //
 // ldmatrix reads the same chunk of 8 rows at once. Stored row after row, these would lie 128 bytes or a multiple of
 // that apart, all on the same 4 of the 32 banks, and be read one after the other. Therefore the chunks of a row are
@@ -30,18 +31,20 @@ struct Tile {
   char* data;
 
   static constexpr int bytes(int rows) { return rows * width * int(sizeof(uint16_t)); }
-  DEVICE char* at(int row, int chunk) const { return data + 16 * (row * chunks + (chunk ^ (row % 8))); }
+  DEVICE char* at(unsigned row, unsigned chunk) const { return data + 16 * (row * chunks + (chunk ^ (row % 8))); }
 };
 
-// Starts to copy rows first_row, first_row + 1, ... of a matrix into the `rows` rows of a tile, all threads of the block
-// together. Rows from `end` on do not exist: they become zeros, since anything else, times a weight of 0, may be NaN.
+// Starts to copy rows first_row, first_row + 1, ... of a matrix into the `rows` rows of a tile, all threads of the
+// block together: each copies the same chunk of every so many rows. Rows from `end` on do not exist: they become zeros,
+// since anything else, times a weight of 0, may be NaN.
 template <int rows, int threads, int width>
 DEVICE void load_rows(Tile<width> tile, const uint16_t* matrix, int64_t stride, int first_row, int end) {
-  constexpr int chunks = Tile<width>::chunks;
-  static_assert(rows * chunks % threads == 0, "every thread copies as many chunks");
+  constexpr int chunks = Tile<width>::chunks, rows_at_once = threads / chunks;
+  static_assert(threads % chunks == 0 && rows % rows_at_once == 0, "every thread copies as many chunks");
+  const unsigned chunk = threadIdx.x % chunks;
 #pragma unroll
-  for (int i = 0; i < rows * chunks / threads; ++i) {
-    const int index = i * threads + threadIdx.x, row = index / chunks, chunk = index % chunks;
+  for (int i = 0; i < rows / rows_at_once; ++i) {
+    const int row = i * rows_at_once + threadIdx.x / chunks;
     const bool exists = first_row + row < end;
     const uint16_t* from = matrix + (exists ? (first_row + row) * stride : 0) + 8 * chunk;
     cp_async_16(tile.at(row, chunk), from, exists);
