@@ -1,16 +1,15 @@
 // A fiber: a stack of its own, and the place where it stopped. Switching costs a few nanoseconds, so a CUDA block of
-// hundreds of threads runs on one CPU thread.
+// hundreds of threads runs on one CPU thread. For x86-64, by the calling convention of Linux.
 #pragma once
 
 #include <cstddef>
-
-#ifdef __x86_64__
 
 struct Fiber {
   void* stack_pointer = nullptr;
 };
 
-// Saves the callee-saved registers on the stack, the stack pointer in `*from`, and goes on where `to` stopped.
+// Saves the registers that a function must keep on the stack, the stack pointer in `*from`, and goes on where `to`
+// stopped. In assembly, in runtime.cpp.
 extern "C" void switch_stack(void** from, void* to);
 
 inline void switch_fiber(Fiber& from, Fiber& to) { switch_stack(&from.stack_pointer, to.stack_pointer); }
@@ -22,22 +21,3 @@ inline void start_fiber(Fiber& fiber, char* stack, size_t bytes, void (*entry)()
   for (int saved_register = 0; saved_register < 6; ++saved_register) *--top = nullptr;
   fiber.stack_pointer = top;
 }
-
-#else  // POSIX's own, which is slower: it saves the signal mask with two system calls a switch
-
-#include <ucontext.h>
-
-struct Fiber {
-  ucontext_t context;
-};
-
-inline void switch_fiber(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
-
-inline void start_fiber(Fiber& fiber, char* stack, size_t bytes, void (*entry)()) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = stack;
-  fiber.context.uc_stack.ss_size = bytes;
-  makecontext(&fiber.context, entry, 0);
-}
-
-#endif

@@ -52,7 +52,13 @@ class Shape(ctypes.Structure):
 class Result:
     output_BHLK: Tensor
     log_sum_exp_BHL: Tensor
-    run: Run | None = None
+
+
+@dataclass(frozen=True)
+class Watched(Result):
+    """A result of the emulator, and what it saw on the way."""
+
+    run: Run
 
 
 class Launch:
@@ -83,7 +89,7 @@ class Launch:
         self.defines = {"FORMAT": DTYPES[q.dtype], "WIDTH": width, "COSINE": cosine}
 
 
-def attention_forward(problem: Problem, *, seed: int = 0, csrc: Path = CSRC) -> Result:
+def attention_forward(problem: Problem, *, seed: int = 0, csrc: Path = CSRC) -> Watched:
     """The kernel's source, compiled by g++ and watched by the checker."""
     launch = Launch(problem)
     run = build("attention_forward.cpp", launch.defines, csrc).launch(
@@ -94,7 +100,7 @@ def attention_forward(problem: Problem, *, seed: int = 0, csrc: Path = CSRC) -> 
         writes=launch.writes,
         seed=seed,
     )
-    return Result(launch.output, launch.log_sum_exp, run)
+    return Watched(launch.output, launch.log_sum_exp, run)
 
 
 def attention_forward_ptx(problem: Problem, *, csrc: Path = CSRC, arch: str = "sm_80") -> Result:

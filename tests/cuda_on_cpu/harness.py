@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -52,6 +54,8 @@ class Run:
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why kernels cannot be run on this machine's CPU; None where they can."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return "fibers are written for Linux on x86-64"
     if shutil.which("g++") is None:
         return "there is no g++"
     program = b"int read(int* p) { return *p; }"
@@ -153,10 +157,11 @@ class Library:
             self._register(tensor, writable=False)
         for tensor in writes:
             self._register(tensor, writable=True)
-        getattr(self._library, name)(*arguments, ctypes.c_uint64(seed))
+        reports = getattr(self._library, name)(*arguments, ctypes.c_uint64(seed))
         counters = Counters()
         self._library.cuda_on_cpu_counters(ctypes.byref(counters))
         lines = self._library.cuda_on_cpu_reports().decode().splitlines()
+        assert reports == len(lines)
         return Run(tuple(re.sub(r"@0x(\w+)", self._place, line) for line in lines), counters)
 
     def function(self, name: str) -> Any:

@@ -6,7 +6,6 @@
 
 #include "machine.h"
 
-#ifdef __x86_64__
 asm(R"(
 .text
 .hidden switch_stack
@@ -30,7 +29,6 @@ switch_stack:
   ret
 .size switch_stack, . - switch_stack
 )");
-#endif
 
 namespace cuda_on_cpu {
 
