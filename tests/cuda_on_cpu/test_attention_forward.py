@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.cuda_on_cpu.forward import Watched, attention_forward
 from tests.cuda_on_cpu.harness import CSRC, planted, unavailable
-from tests.cuda_on_cpu.problems import SMALL, Problem, problem, problems, visible_keys, with_all_sides
+from tests.cuda_on_cpu.problems import Problem, problem, problems, visible_keys, with_all_sides
 from vargpt.kernels import attention
 from vargpt.scales import Limits
 
