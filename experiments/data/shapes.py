@@ -368,13 +368,12 @@ def questions(scene: Scene, world: World, rng: Random) -> list[QA]:
     return [QA(kind, *found) for kind, ask in _ASK.items() if (found := ask(scene, world, rng))]
 
 
-def place_questions(scene: Scene, world: World) -> list[QA]:
+def place_questions(scene: Scene, world: World, rng: Random) -> list[QA]:
     """Where each object is that can be named, as plans say it."""
-    attributes = world.sayable(NAMES)[-1]
     return [
-        QA("places", PLACE.format(name), _place(o))
+        QA("places", PLACE.format(rng.choice(names)), _place(o))
         for o in scene.objects
-        if _unique(scene, name := o.name(attributes), attributes)
+        if (names := _unique_names(scene, o, world))
     ]
 
 
@@ -386,15 +385,16 @@ def relation_questions(scene: Scene, world: World, rng: Random, tries: int) -> l
 
 def comparisons(scene: Scene, world: World, rng: Random) -> list[QA]:
     """Steps to relations: two places as numbers, compared, and two objects' places found and then compared."""
-    attributes, found = world.sayable(NAMES)[-1], []
+    found = []
     for a, b in permutations(scene.objects, 2):
         if (stands := relation(a, b)) is None:
             continue
         asked, answer = rng.choice([(stands, "yes"), (OPPOSITE[stands], "no")])
         found.append(QA("places", f"Is {_place(a)} {asked} {_place(b)}?", answer))
-        first, second = a.name(attributes), b.name(attributes)
-        if first != second and _unique(scene, first, attributes) and _unique(scene, second, attributes):
-            found.append(QA("places", BOTH.format(first, second), f"{_place(a)}, {_place(b)}, {stands}"))
+        first, second = _unique_names(scene, a, world), _unique_names(scene, b, world)
+        if first and second:
+            both = BOTH.format(rng.choice(first), rng.choice(second))
+            found.append(QA("places", both, f"{_place(a)}, {_place(b)}, {stands}"))
     return found
 
 
@@ -403,6 +403,11 @@ _Asked = tuple[str, str] | None  # question, answer
 
 def _unique(scene: Scene, name: str, attributes: Sequence[str]) -> bool:
     return [o.name(attributes) for o in scene.objects].count(name) == 1
+
+
+def _unique_names(scene: Scene, o: Object, world: World) -> list[str]:
+    """What an object can be called without being taken for another one."""
+    return [name for level in world.sayable(NAMES) if _unique(scene, name := o.name(level), level)]
 
 
 def _ask_about_one(scene: Scene, world: World, rng: Random, asked: str, levels: list[tuple[str, ...]]) -> _Asked:

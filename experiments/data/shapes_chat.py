@@ -73,19 +73,18 @@ class ShapeChats:
         what plans of drawings and answers about pictures need, at a fraction of their cost."""
         rng = Random(f"text {split} {seed} {index}")
         scenes = [self._scene(split, "text", seed, SCENES * index + turn) for turn in range(SCENES)]
-        kind, turns = rng.choice(("layouts", "relations", "questions")), []
+        kind, turns = rng.choice(("layouts", "places", "relations", "questions")), []
         for scene in scenes if kind == "layouts" else []:
             said = caption(scene, self.world, rng)
             turns += _turn(LAYOUT.format(said.text), plan(said.objects, self.world))
-        for scene in scenes if kind == "relations" else []:
-            shown = self._told(scene, rng)
-            steps = comparisons(scene, self.world, rng)
-            asked = relation_questions(scene, self.world, rng, RELATIONS) + rng.sample(
-                steps, min(RELATIONS, len(steps))
+        if kind in ("places", "relations"):
+            steps = comparisons(scenes[0], self.world, rng)
+            asked = (
+                place_questions(scenes[0], self.world, rng) + rng.sample(steps, min(QUESTIONS // 2, len(steps)))
+                if kind == "places"
+                else relation_questions(scenes[0], self.world, rng, QUESTIONS)
             )
-            for qa in rng.sample(asked, len(asked)):
-                turns += _turn(shown + qa.question, qa.answer)
-                shown = ""
+            turns = _turns(self._told(scenes[0], rng), rng.sample(asked, len(asked)))
         return Example(messages=turns or self._about(scenes[0], self._told(scenes[0], rng), rng))
 
     def _told(self, scene: Scene, rng: Random) -> str:
@@ -96,17 +95,14 @@ class ShapeChats:
         """Questions about a scene, the first after what shows it."""
         asked = {qa.question: qa for _ in range(3) for qa in questions(scene, self.world, rng)}
         asked |= {qa.question: qa for qa in relation_questions(scene, self.world, rng, RELATIONS)}
-        short = [qa for qa in asked.values() if qa.kind != "caption"] + place_questions(scene, self.world)
+        short = [qa for qa in asked.values() if qa.kind != "caption"] + place_questions(scene, self.world, rng)
         steps = comparisons(scene, self.world, rng)
         short += rng.sample(steps, min(RELATIONS, len(steps)))
         short = rng.sample(short, min(QUESTIONS, len(short)))
         everything = [qa for qa in asked.values() if qa.kind == "caption"]
         everything = [rng.choice([*everything, QA("places", PLACES, plan(in_order(scene, self.world), self.world))])]
         # Whoever has told everything answers from what was said, not from what is seen: mostly, that comes last.
-        turns = []
-        for qa in everything + short if rng.random() < 1 / 3 else short + everything:
-            turns += _turn(qa.question if turns else shown + qa.question, qa.answer)
-        return turns
+        return _turns(shown, everything + short if rng.random() < 1 / 3 else short + everything)
 
     def _scene(self, split: Split, purpose: str, seed: int, index: int) -> Scene:
         # Each purpose sees scenes of its own, further apart than any training counts.
@@ -116,3 +112,11 @@ class ShapeChats:
 
 def _turn(user: str, assistant: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _turns(shown: str, asked: list[QA]) -> list[dict[str, str]]:
+    """Questions with their answers, the first after what shows the scene."""
+    turns = []
+    for qa in asked:
+        turns += _turn(qa.question if turns else shown + qa.question, qa.answer)
+    return turns
