@@ -30,8 +30,8 @@ from vargpt.text import IMAGE, IMAGE_GEN
 
 SCENES = 4
 """Of one conversation without pictures."""
-RELATIONS = 2
-"""Further questions about relations: two places must be found and compared, which takes many to learn."""
+STEPS = 3
+"""Most questions about relations, and as many about steps to them, where a scene is asked about places."""
 QUESTIONS = 8
 """Most short questions about one scene: seeing it is what costs, and their answers are a word or two of signal."""
 
@@ -65,7 +65,8 @@ class ShapeChats:
     def _question(self, split: Split, seed: int, index: int) -> Example:
         """Several questions about one picture: it is seen once for all of them (as in LLaVA's conversations)."""
         scene = self._scene(split, "question", seed, index)
-        turns = self._about(scene, f"{IMAGE}\n", Random(f"question {split} {seed} {index}"))
+        rng = Random(f"question {split} {seed} {index}")
+        turns = self._asked(scene, f"{IMAGE}\n", rng)
         return Example(messages=turns, images=[Image.fromarray(render(scene, self._size))])
 
     def _text(self, split: Split, seed: int, index: int) -> Example:
@@ -73,36 +74,41 @@ class ShapeChats:
         what plans of drawings and answers about pictures need, at a fraction of their cost."""
         rng = Random(f"text {split} {seed} {index}")
         scenes = [self._scene(split, "text", seed, SCENES * index + turn) for turn in range(SCENES)]
-        kind, turns = rng.choice(("layouts", "places", "relations", "questions")), []
-        for scene in scenes if kind == "layouts" else []:
-            said = caption(scene, self.world, rng)
-            turns += _turn(LAYOUT.format(said.text), plan(said.objects, self.world))
-        if kind in ("places", "relations"):
-            steps = comparisons(scenes[0], self.world, rng)
-            asked = (
-                place_questions(scenes[0], self.world, rng) + rng.sample(steps, min(QUESTIONS // 2, len(steps)))
-                if kind == "places"
-                else relation_questions(scenes[0], self.world, rng, QUESTIONS)
-            )
-            turns = _turns(self._told(scenes[0], rng), rng.sample(asked, len(asked)))
-        return Example(messages=turns or self._about(scenes[0], self._told(scenes[0], rng), rng))
+        if rng.random() < 1 / 3:
+            turns = []
+            for scene in scenes:
+                said = caption(scene, self.world, rng)
+                turns += _turn(LAYOUT.format(said.text), plan(said.objects, self.world))
+            return Example(messages=turns)
+        told = self._told(scenes[0], rng)
+        return Example(messages=self._asked(scenes[0], told, rng))
 
     def _told(self, scene: Scene, rng: Random) -> str:
         """A scene as a plan, in any order."""
         return f"There is {plan(rng.sample(scene.objects, len(scene.objects)), self.world)}. "
 
+    def _asked(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
+        """Questions about a scene, the first after what shows it: half of the times about places alone."""
+        places = self._finding(scene, shown, rng) if rng.random() < 1 / 2 else []
+        return places or self._about(scene, shown, rng)
+
     def _about(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
-        """Questions about a scene, the first after what shows it."""
+        """Questions of all kinds."""
         asked = {qa.question: qa for _ in range(3) for qa in questions(scene, self.world, rng)}
-        asked |= {qa.question: qa for qa in relation_questions(scene, self.world, rng, RELATIONS)}
-        short = [qa for qa in asked.values() if qa.kind != "caption"] + place_questions(scene, self.world, rng)
-        steps = comparisons(scene, self.world, rng)
-        short += rng.sample(steps, min(RELATIONS, len(steps)))
+        short = [qa for qa in asked.values() if qa.kind != "caption"]
         short = rng.sample(short, min(QUESTIONS, len(short)))
         everything = [qa for qa in asked.values() if qa.kind == "caption"]
         everything = [rng.choice([*everything, QA("places", PLACES, plan(in_order(scene, self.world), self.world))])]
         # Whoever has told everything answers from what was said, not from what is seen: mostly, that comes last.
         return _turns(shown, everything + short if rng.random() < 1 / 3 else short + everything)
+
+    def _finding(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
+        """Questions about places, where some object can be told by its name. A relation compares two places that must be found first, and its answer says
+        too little to teach that: asked among all others, relations stay at chance long after these are right."""
+        steps = comparisons(scene, self.world, rng)
+        asked = place_questions(scene, self.world, rng) + rng.sample(steps, min(STEPS, len(steps)))
+        asked += relation_questions(scene, self.world, rng, STEPS)
+        return _turns(shown, rng.sample(asked, len(asked)))
 
     def _scene(self, split: Split, purpose: str, seed: int, index: int) -> Scene:
         # Each purpose sees scenes of its own, further apart than any training counts.
