@@ -103,8 +103,9 @@ class ShapeChats:
         return _turns(shown, everything + short if rng.random() < 1 / 3 else short + everything)
 
     def _finding(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
-        """Questions about places, where some object can be told by its name. A relation compares two places that must be found first, and its answer says
-        too little to teach that: asked among all others, relations stay at chance long after these are right."""
+        """Questions about places; none where no object has a name of its own. A relation compares two places that must
+        be found first, and its answer says too little to teach that: asked among all others, relations stay at chance
+        long after those are right."""
         steps = comparisons(scene, self.world, rng)
         asked = place_questions(scene, self.world, rng) + rng.sample(steps, min(STEPS, len(steps)))
         asked += relation_questions(scene, self.world, rng, STEPS)

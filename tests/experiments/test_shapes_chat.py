@@ -1,0 +1,50 @@
+"""Conversations about the small world."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+import pytest
+
+from experiments.data.shapes import WORLDS, place_questions, plan
+from experiments.data.shapes_chat import ShapeChats
+from tests.experiments.test_shapes import fitting
+
+each_world = pytest.mark.parametrize("world", sorted(WORLDS))
+
+
+@each_world
+def test_every_conversation_asks_and_answers(world: str) -> None:
+    chats = ShapeChats(world, 32, plan=True)
+    for kind in chats.kinds():
+        for i in range(300):
+            messages = chats.example(kind, 0, i, "train").messages
+            assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+            assert messages
+            assert all(m["content"] for m in messages)
+
+
+@each_world
+def test_about_half_of_the_questions_are_about_places(world: str) -> None:
+    chats = ShapeChats(world, 32, plan=True)
+    tells_all = re.compile("List all|Describe|What is in|What do you see")
+    # All other conversations tell everything, at their beginning or their end.
+    others = 0
+    for i in range(300):
+        others += any(tells_all.search(m["content"]) for m in chats.example("question", 0, i, "train").messages)
+    assert 110 <= others <= 200
+
+
+@each_world
+def test_places_are_those_of_the_named_object(world: str) -> None:
+    asked = 0
+    for i in range(200):
+        scene = WORLDS[world].sample("train", i)
+        for qa in place_questions(scene, WORLDS[world], Random(i)):
+            named = re.fullmatch("Where in the picture is the (.*)[?]", qa.question)
+            assert named
+            (thing,) = fitting(named[1], scene.objects)
+            assert plan([thing], WORLDS[world]).startswith(qa.answer + " ")
+            asked += 1
+    assert asked > 200
