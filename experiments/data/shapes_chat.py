@@ -34,8 +34,8 @@ SCENES = 4
 STEPS = 3
 """Most questions about relations, and as many about steps to them, where a scene is asked about places."""
 PARTIAL = 1 / 4
-"""Share of the drawings whose plan lacks words. Where a colour and a shape never come together, the visual decoder has to
-go by each of them alone, and later scales by those before; from whole plans it need not learn to."""
+"""Share of the drawings whose plan lacks words. Where a colour and a shape never came together, the visual decoder has
+to go by each of them alone, and at later scales by those before; from whole plans it need not learn to."""
 QUESTIONS = 8
 """Most short questions about one scene: seeing it is what costs, and their answers are a word or two of signal."""
 
