@@ -75,6 +75,10 @@ __attribute__((no_sanitize("thread"))) int launch(void (*kernel)(Call), const Ca
 
 }  // namespace cuda_on_cpu
 
+// Memory that the next launch may read, or write too; and the last launch's reports, a line each.
+extern "C" void cuda_on_cpu_tensor(const void* data, size_t bytes, int writable);
+extern "C" const char* cuda_on_cpu_reports();
+
 #define threadIdx (cuda_on_cpu::thread_index())
 #define blockIdx (cuda_on_cpu::block_index())
 #define blockDim (cuda_on_cpu::block_size())

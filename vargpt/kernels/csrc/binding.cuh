@@ -1,0 +1,194 @@
+// What the ops share: tensors of torch, checked, and turned into what kernels take.
+//
+// Only LibTorch's stable ABI is used: one build serves every later torch and every Python. An op's schema, and what
+// autograd and torch.compile know of it, are in ../cuda.py.
+//
+// A check's text names the op, the argument, the bad value, and what to do. It becomes a ValueError.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "launch.cuh"
+#include "tiles.cuh"
+
+// nvcc builds the kernels for GPUs, g++ those that the tests run on CPUs. Without the latter, a tensor on a CPU still
+// reaches the op: its first check says what to do.
+#ifdef __CUDACC__
+#define REGISTER_OP(name, function)                                                                  \
+  STABLE_TORCH_LIBRARY_IMPL(vargpt, CUDA, library) { library.impl(name, TORCH_BOX(&function)); } \
+  STABLE_TORCH_LIBRARY_IMPL(vargpt, CPU, library) { library.impl(name, TORCH_BOX(&function)); }
+#else
+#define REGISTER_OP(name, function) \
+  STABLE_TORCH_LIBRARY_IMPL(vargpt, CPU, library) { library.impl(name, TORCH_BOX(&function)); }
+#endif
+
+namespace vargpt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Until it is destroyed, the device of a tensor is the current one. Kernels belong on torch's current stream there.
+class Device {
+ public:
+#ifdef __CUDACC__
+  static constexpr const char* kind = "cuda";
+  static bool has(const Tensor& tensor) { return tensor.is_cuda(); }
+  explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  }
+#else
+  static constexpr const char* kind = "cpu";
+  static bool has(const Tensor& tensor) { return tensor.is_cpu(); }
+  explicit Device(const Tensor&) {}
+#endif
+  void* stream() const { return stream_; }
+
+ private:
+#ifdef __CUDACC__
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  void* stream_ = nullptr;
+};
+
+template <class... Parts>
+std::string join(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text;
+  for (int64_t size : tensor.sizes()) text += join(text.empty() ? "" : ", ", size);
+  return "[" + text + "]";
+}
+
+inline std::string place_of(const Tensor& tensor) {
+  if (tensor.is_cuda()) return join("cuda:", tensor.get_device_index());
+  return tensor.is_cpu() ? "cpu" : "a device of another kind";
+}
+
+// Bytes from a tensor's first number to its last.
+inline size_t span_of(const Tensor& tensor, size_t number_bytes) {
+  int64_t last = 0;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
+  return (last + 1) * number_bytes;
+}
+
+// ---- Checks of one op ----
+
+constexpr int64_t kMostBlocks = 65535;        // of a grid, along y and z: rows of a batch, heads
+constexpr int64_t kMostTokens = 1 << 30;      // tokens are counted in int; numbers in memory, in 64 bits
+constexpr int64_t kChunk = 16;                // bytes that kernels copy at once
+constexpr int64_t kChunkNumbers = kChunk / 2;
+
+class Checks {
+ public:
+  explicit Checks(const char* op) : op_(op) {}
+
+  template <class... Parts>
+  void require(bool fine, const Parts&... parts) const {
+    if (!fine) throw std::invalid_argument(join(op_, ": ", parts...));
+  }
+
+  // The tensor that says where everything is: on a device of the kind that kernels were built for.
+  void device(const char* name, const Tensor& tensor) const {
+    require(Device::has(tensor), name, " is on ", place_of(tensor), ", and these kernels run on ", Device::kind,
+            " only: move it there, or call vargpt.kernels.attention, which finds a backend for every device");
+  }
+
+  void same_device(const char* name, const Tensor& tensor, const char* of, const Tensor& first) const {
+    require(place_of(tensor) == place_of(first), name, " is on ", place_of(tensor), ", but ", of, " on ",
+            place_of(first), ": move it there");
+  }
+
+  void type(const char* name, const Tensor& tensor, ScalarType type) const {
+    require(tensor.scalar_type() == type, name, " holds ", toString(tensor.scalar_type()), ", not ", toString(type),
+            ": convert it with .to()");
+  }
+
+  void shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) const {
+    std::string expected;
+    for (int64_t size : sizes) expected += join(expected.empty() ? "" : ", ", size);
+    require(shape_of(tensor) == "[" + expected + "]", name, " has shape ", shape_of(tensor), ", and must have [",
+            expected, "]");
+  }
+
+  void contiguous(const char* name, const Tensor& tensor) const {
+    require(tensor.is_contiguous(), name, " does not lie in memory without gaps: call .contiguous()");
+  }
+
+  // The format of a tensor of 16-bit numbers.
+  Format format(const char* name, const Tensor& tensor) const {
+    const ScalarType type = tensor.scalar_type();
+    require(type == ScalarType::BFloat16 || type == ScalarType::Half, name, " holds ", toString(type),
+            ", and kernels take BFloat16 or Half: convert it with .bfloat16() or .half()");
+    return type == ScalarType::BFloat16 ? Format::bf16 : Format::fp16;
+  }
+
+  // [batch, head, token, width]: vectors of 64 or 128 numbers, each a row of whole chunks.
+  void vectors(const char* name, const Tensor& tensor) const {
+    require(tensor.dim() == 4, name, " has shape ", shape_of(tensor),
+            ", and must have four axes: batch, head, token, width");
+    require(tensor.numel() > 0, name, " has shape ", shape_of(tensor), ", and must hold something");
+    const int64_t width = tensor.size(3);
+    require(width == 64 || width == 128, name, " has vectors of ", width,
+            " numbers, and kernels are built for 64 and 128: call vargpt.kernels.attention, which takes every width");
+    require(tensor.size(0) <= kMostBlocks, name, " has ", tensor.size(0), " rows, and at most ", kMostBlocks,
+            " can be computed at once: split the batch");
+    require(tensor.size(1) <= kMostBlocks, name, " has ", tensor.size(1), " heads, and at most ", kMostBlocks,
+            " can be computed at once: split them");
+    require(tensor.size(2) <= kMostTokens, name, " has ", tensor.size(2), " tokens, and at most ", kMostTokens,
+            " are counted: split them");
+    require(tensor.stride(3) == 1, name, " has vectors whose numbers lie ", tensor.stride(3),
+            " apart, not side by side: call .contiguous()");
+    const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    require(address % kChunk == 0, name, " begins ", address % kChunk, " bytes off a multiple of ", kChunk,
+            ": call .clone()");
+    for (int64_t axis = 0; axis < 3; ++axis) {
+      require(tensor.size(axis) == 1 || tensor.stride(axis) % kChunkNumbers == 0, name, " has a stride of ",
+              tensor.stride(axis), " along axis ", axis, ", not a multiple of ", kChunkNumbers,
+              ": call .clone(memory_format=torch.contiguous_format)");
+    }
+  }
+
+ private:
+  const char* op_;
+};
+
+// ---- What kernels take ----
+
+inline View<const uint16_t> view_to_read(const Tensor& tensor) {
+  lend(tensor.const_data_ptr(), span_of(tensor, sizeof(uint16_t)), false);
+  return {static_cast<const uint16_t*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+inline View<uint16_t> view_to_write(const Tensor& tensor) {
+  lend(tensor.const_data_ptr(), span_of(tensor, sizeof(uint16_t)), true);
+  return {static_cast<uint16_t*>(tensor.mutable_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// The numbers of a contiguous tensor.
+template <class Number>
+const Number* numbers_to_read(const Tensor& tensor) {
+  lend(tensor.const_data_ptr(), span_of(tensor, sizeof(Number)), false);
+  return static_cast<const Number*>(tensor.const_data_ptr());
+}
+
+template <class Number>
+Number* numbers_to_write(const Tensor& tensor) {
+  lend(tensor.const_data_ptr(), span_of(tensor, sizeof(Number)), true);
+  return static_cast<Number*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace vargpt

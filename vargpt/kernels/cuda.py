@@ -1,0 +1,137 @@
+"""This project's own CUDA kernels: operators that autograd and torch.compile know, and the backend made of them.
+
+The kernels are compiled when vargpt is installed (README.md, "CUDA kernels"), or are not. Their operators are declared
+here in any case; csrc/*_op.cu checks their arguments and launches what computes them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vargpt.kernels.call import Call
+
+LIBRARY = "vargpt.kernels._cuda"
+WIDTHS = (64, 128)
+DTYPES = (torch.bfloat16, torch.float16)
+MOST_BLOCKS = 65535
+"""Rows of a batch, or heads, of one launch."""
+CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernels there are: for one type of device, or none, and why."""
+
+    device: str = "cuda"
+    missing: str | None = None
+
+
+def load(path: str, device: str = "cuda") -> Kernels:
+    """Load a library of kernels; where that fails, warn that others take their place."""
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        reason = f"the CUDA kernels of vargpt were built, but cannot be loaded: {error}"
+        warnings.warn(f"{reason}; other backends compute attention", stacklevel=2)
+        return Kernels(missing=reason)
+    return Kernels(device)
+
+
+def _installed() -> Kernels:
+    spec = find_spec(LIBRARY)
+    if spec is None or spec.origin is None:
+        return Kernels(missing="vargpt was installed without its CUDA kernels")
+    return load(spec.origin)
+
+
+kernels = _installed()
+
+
+# ---- attention_forward ----
+
+torch.library.define(
+    "vargpt::attention_forward",
+    "(Tensor queries, Tensor keys, Tensor values, Tensor limits, Tensor? head_scales, float scale) -> (Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+@torch.library.register_fake("vargpt::attention_forward")
+def _forward_fake(
+    queries: Tensor, keys: Tensor, values: Tensor, limits: Tensor, head_scales: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length, width = queries.shape
+    output = queries.new_empty(batch, length, heads, width).transpose(1, 2)
+    return output, queries.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _forward_backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    *saved, head_scales, output, log_sum_exp = ctx.saved_tensors
+    q, k, v, scales = torch.ops.vargpt.attention_backward(
+        laid_out(gradient), *saved, head_scales, ctx.scale, output, log_sum_exp
+    )
+    return q, k, v, None, None if head_scales is None else scales, None
+
+
+torch.library.register_autograd("vargpt::attention_forward", _forward_backward, setup_context=_forward_save)
+
+
+# ---- The backend ----
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """The tensor as kernels read it, in chunks of 16 bytes: itself, or a copy where it does not lie in memory so."""
+    chunk = 16 // x.element_size()
+    rows = x.stride(-1) == 1 and all(stride % chunk == 0 for stride in x.stride()[:-1])
+    # torch.compile does not tell where a tensor begins; the operator looks again, and says what is wrong.
+    begins = torch.compiler.is_compiling() or x.storage_offset() % chunk == 0
+    return x if rows and begins else x.clone(memory_format=torch.contiguous_format)
+
+
+def refuses(call: Call) -> str | None:
+    q, k = call.q_BHLK, call.k_BGMK
+    dtypes = {x.dtype for x in (q, k, call.v_BGMK)}
+    if kernels.missing is not None:
+        return kernels.missing
+    if q.device.type != kernels.device:
+        return f"its kernels run on {kernels.device}, not on {q.device.type}"
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < CAPABILITY:
+        return "its kernels need a GPU of compute capability 8.0 or later"
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        return f"its kernels compute in bfloat16 or float16, not in {', '.join(sorted(map(str, dtypes)))}"
+    if q.shape[-1] not in WIDTHS:
+        return f"its kernels take head widths of 64 and 128, not {q.shape[-1]}"
+    if call.key_mask is not None:
+        return "its kernels take no key_mask"
+    if not 0 < max(q.shape[0], q.shape[1]) <= MOST_BLOCKS or q.numel() == 0:
+        return f"its kernels take 1 to {MOST_BLOCKS} rows and heads, not {q.shape[0]} and {q.shape[1]}"
+    return None
+
+
+def attend(call: Call) -> Tensor:
+    call = call.rotated().cached()  # lengths are the kernel's
+    head_scales = None if call.cosine is None else call.cosine.float()
+    q, k, v = (laid_out(x) for x in (call.q_BHLK, call.k_BGMK, call.v_BGMK))
+    return torch.ops.vargpt.attention_forward(q, k, v, limits(call), head_scales, call.scale)[0]
+
+
+def limits(call: Call) -> Tensor:
+    """How many keys each query sees."""
+    device, end = call.q_BHLK.device, call.keys
+    if call.limits is not None:
+        return call.limits.tensor(device)
+    if call.causal:
+        return torch.arange(end - call.queries + 1, end + 1, dtype=torch.int32, device=device)
+    return torch.full((call.queries,), end, dtype=torch.int32, device=device)
