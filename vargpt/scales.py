@@ -100,10 +100,14 @@ class Limits:
 
     def tensor(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
         """One limit a query, as int32, which kernels read; the same tensor at every call."""
-        return _limits_tensor(self, torch.device(device or "cpu"))
+        # torch.compile sees through a cache, and says so; what it makes of a constant, it keeps.
+        make = _limits_tensor if torch.compiler.is_compiling() else _cached_limits_tensor
+        return make(self, torch.device(device or "cpu"))
 
 
-@lru_cache(maxsize=256)
 def _limits_tensor(limits: Limits, device: torch.device) -> Tensor:
     each = [keys for queries, keys in limits.runs for _ in range(queries)]
     return torch.tensor(each, dtype=torch.int32, device=device)
+
+
+_cached_limits_tensor = lru_cache(maxsize=256)(_limits_tensor)

@@ -1,0 +1,42 @@
+"""The backend ``cuda`` under torch.compile, in one piece: ``python -m tests.kernels.compiled BACKEND DEVICE``.
+
+A process of its own, since the checks of shapes under pytest cannot be compiled. Prints the largest difference to what
+is computed without torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from tests.cuda_on_cpu.harness import build_ops
+from tests.models import numbers
+from vargpt.kernels import attention, cuda, using
+from vargpt.scales import ScaleSchedule
+
+LIMITS = ScaleSchedule((1, 2, 3)).visible_limits()
+
+
+def block(x_BLC: Tensor, temperature: Tensor) -> Tensor:
+    """As in the visual decoder: slices of a fused projection go in, rows for the next projection come out."""
+    batch, length, _ = x_BLC.shape
+    q, k, v = x_BLC.view(batch, length, 3, -1, 64).permute(2, 0, 3, 1, 4)
+    y = attention(q, k, v, limits=LIMITS, cosine=temperature.exp())
+    return y.transpose(1, 2).reshape(batch, length, -1) * math.pi
+
+
+def main(backend: str, device: str) -> None:
+    if device == "cpu":
+        cuda.kernels = cuda.load(str(build_ops()), "cpu")
+    x, temperature = numbers(2, 14, 3 * 2 * 64).bfloat16().to(device), torch.tensor([0.5, 1.5], device=device)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    with using("cuda"):
+        difference = float((compiled(x, temperature) - block(x, temperature)).abs().max())
+    print(difference)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,358 @@
+"""The backend ``cuda`` and its operators: around emulated kernels on a CPU, and around the real ones where a GPU is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_on_cpu.harness import build_ops, ops_unavailable
+from tests.cuda_on_cpu.problems import Problem, problem, visible_keys, with_all_sides
+from tests.models import numbers
+from vargpt.kernels import KVCache, attention, cuda, watching
+from vargpt.scales import Limits, ScaleSchedule
+
+Arguments = dict[str, Any]
+
+SIDES = (1, 2, 3, 5)
+DTYPES = [torch.bfloat16, torch.float16]
+no_emulation = pytest.mark.skipif(ops_unavailable() is not None, reason=f"no emulated kernels: {ops_unavailable()}")
+gpu = pytest.mark.skipif(
+    cuda.kernels.missing is not None or not torch.cuda.is_available(), reason="no CUDA kernels were built, or no GPU"
+)
+
+
+@lru_cache(maxsize=1)
+def emulated_kernels() -> cuda.Kernels:
+    with warnings.catch_warnings():  # kernels that were built refuse tensors on CPUs, and are overridden for them
+        warnings.simplefilter("ignore")
+        return cuda.load(str(build_ops()), "cpu")
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend ``cuda`` computes on the CPU."""
+    monkeypatch.setattr(cuda, "kernels", emulated_kernels())
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=no_emulation), pytest.param("cuda", marks=gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the backend ``cuda`` computes."""
+    if request.param == "cpu":
+        request.getfixturevalue("emulated")
+    return request.param
+
+
+def arguments(case: Problem, device: str = "cpu") -> Arguments:
+    """What attention_forward takes."""
+    inputs = {
+        "queries": case.q_BHLK,
+        "keys": case.k_BGNK,
+        "values": case.v_BGNK,
+        "limits": torch.tensor(case.limits, dtype=torch.int32),
+        "head_scales": None if case.cosine is None else case.cosine.float(),
+    }
+    return {**{name: None if x is None else x.to(device) for name, x in inputs.items()}, "scale": case.scale}
+
+
+def forward(given: Arguments) -> tuple[Tensor, Tensor]:
+    return torch.ops.vargpt.attention_forward(*given.values())
+
+
+def small(dtype: torch.dtype = torch.bfloat16, width: int = 64, cosine: bool = True) -> Problem:
+    return problem(dtype, width, visible_keys(SIDES), batch=2, key_heads=2, share=2, cosine=cosine)
+
+
+def error(output: Tensor, exact: Tensor) -> float:
+    return float((output.double().cpu() - exact).abs().max())
+
+
+def rounding(dtype: torch.dtype, exact: Tensor) -> float:
+    """Outputs of 16 bits may be off by two units: weights and output are rounded once each."""
+    return 2 * torch.finfo(dtype).eps * max(1.0, float(exact.abs().max()))
+
+
+# ---- attention_forward ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("cosine", [True, False])
+def test_the_operator_computes_attention(device: str, dtype: torch.dtype, width: int, cosine: bool) -> None:
+    case = with_all_sides(dtype, width, cosine)
+    output, log_sum_exp = forward(arguments(case, device))
+    exact, exact_log_sum_exp = case.exact()
+    assert output.dtype == dtype
+    assert error(output, exact) <= rounding(dtype, exact)
+    assert error(log_sum_exp, exact_log_sum_exp) <= 1e-4
+    assert output.transpose(1, 2).is_contiguous()  # no copy before the projection
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_torch_finds_nothing_wrong_with_the_operator(device: str, cosine: bool) -> None:
+    given = arguments(small(cosine=cosine), device)
+    torch.library.opcheck(torch.ops.vargpt.attention_forward.default, tuple(given.values()))
+
+
+def test_numbers_beyond_the_first_two_billion_are_found(device: str) -> None:
+    case = small()
+    given, far = arguments(case, device), 2**31 + 8  # in memory that is never touched, but for the few rows
+    expected = forward(given)
+    for name in ("queries", "keys", "values"):
+        x = given[name]
+        length, width = x.shape[2:]
+        room = torch.empty(far + x[0].numel(), dtype=x.dtype, device=device)
+        given[name] = room.as_strided(x.shape, (far, length * width, width, 1)).copy_(x)
+    for ours, theirs in zip(forward(given), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same numbers, two bytes further."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+def meta_rows(x: Tensor, *shape: int) -> Tensor:
+    """A tensor of any size around one number."""
+    return x.flatten()[:1].expand(*shape)
+
+
+BAD: dict[str, tuple[dict[str, Callable[[Tensor], Any]], str]] = {
+    "numbers of 64 bits": (
+        {"queries": Tensor.double},
+        r"queries holds Double, and kernels take BFloat16 or Half: convert it with .bfloat16\(\) or .half\(\)",
+    ),
+    "numbers of 32 bits": ({"queries": Tensor.float}, "queries holds Float, and kernels take"),
+    "two formats": ({"keys": Tensor.half}, r"keys holds Half, not BFloat16: convert it with .to\(\)"),
+    "two formats, of the values": ({"values": Tensor.float}, "values holds Float, not BFloat16"),
+    "another width": (
+        {"queries": lambda x: x[..., :32]},
+        "queries has vectors of 32 numbers, and kernels are built for",
+    ),
+    "keys of another width": (
+        {"keys": lambda x: torch.cat((x, x), -1)},
+        r"keys has shape \[2, 2, 39, 128\], and must have \[2, 2, 39, 64\]",
+    ),
+    "three axes": ({"queries": lambda x: x[0]}, r"queries has shape \[4, 39, 64\], and must have four axes"),
+    "nothing": ({"queries": lambda x: x[:, :, :0]}, r"queries has shape \[2, 4, 0, 64\], and must hold something"),
+    "numbers that do not lie side by side": (
+        {"keys": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)},
+        r"keys has vectors whose numbers lie 39 apart, not side by side: call .contiguous\(\)",
+    ),
+    "a row off the grid": ({"values": shifted}, r"values begins 2 bytes off a multiple of 16: call .clone\(\)"),
+    "a stride off the grid": (
+        {"queries": lambda x: torch.cat((x, x[..., :4]), -1)[..., :64]},
+        r"queries has a stride of 2652 along axis 1, not a multiple of 8: call .clone\(memory_format",
+    ),
+    "more heads than a grid has": (
+        {"queries": lambda x: meta_rows(x, 2, 65536, 39, 64)},
+        "queries has 65536 heads, and at most 65535 can be computed at once",
+    ),
+    "more rows than a grid has": (
+        {"queries": lambda x: meta_rows(x, 65536, 4, 39, 64)},
+        "queries has 65536 rows, and at most 65535 can be computed at once: split the batch",
+    ),
+    "two billion tokens": (
+        {"keys": lambda x: meta_rows(x, 2, 2, 2**31, 64)},
+        "keys has 2147483648 tokens, and at most 1073741824 are counted",
+    ),
+    "another batch": ({"keys": lambda x: x[:1]}, r"keys has shape \[1, 2, 39, 64\], and must have \[2, 2, 39, 64\]"),
+    "fewer values than keys": ({"values": lambda x: x[:, :, 1:]}, r"values has shape \[2, 2, 38, 64\], and must have"),
+    "heads that do not divide": (
+        {"queries": lambda x: x[:, :3]},
+        "queries has 3 heads, and keys 2: query heads share key heads evenly",
+    ),
+    "limits of 64 bits": ({"limits": Tensor.long}, "limits holds Long, not Int"),
+    "a limit too few": ({"limits": lambda x: x[1:]}, r"limits has shape \[38\], and must have \[39\]"),
+    "limits apart": (
+        {"limits": lambda x: x.repeat_interleave(2)[::2]},
+        r"limits does not lie in memory without gaps: call .contiguous\(\)",
+    ),
+    "limits that decrease": (
+        {"limits": lambda x: x.flip(0)},
+        r"limits\[25\] is 14, and must be at least 39: limits are positive and never decrease",
+    ),
+    "a limit of nothing": ({"limits": lambda x: x - 1}, r"limits\[0\] is 0, and must be at least 1"),
+    "a limit beyond the keys": (
+        {"limits": lambda x: x + 1},
+        r"limits\[14\] is 40, but there are 39 keys: a query sees these at most",
+    ),
+    "scales of 16 bits": ({"head_scales": Tensor.bfloat16}, "head_scales holds BFloat16, not Float"),
+    "a scale too few": ({"head_scales": lambda x: x[1:]}, r"head_scales has shape \[3\], and must have \[4\]"),
+}
+
+
+@no_emulation
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_named(what: str) -> None:
+    changes, message = BAD[what]
+    given = arguments(small())
+    for name, change in changes.items():
+        given[name] = change(given[name])
+    with pytest.raises(ValueError, match=f"^attention_forward: (?:{message})"):
+        forward(given)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("queries", "queries is on cpu, and these kernels run on cuda only: move it there, or call"),
+        ("keys", "keys is on cpu, but queries on cuda:0: move it there"),
+        ("limits", "limits is on cpu, but queries on cuda:0: move it there"),
+    ],
+)
+def test_devices_may_not_be_mixed(name: str, message: str) -> None:
+    given = arguments(small(), "cuda")
+    given[name] = given[name].cpu()
+    with pytest.raises(ValueError, match=message):
+        forward(given)
+
+
+# ---- The backend ----
+
+
+def call(case: Problem, device: str, backend: str | None = None, **options: Any) -> Tensor:
+    """The problem, asked of the facade."""
+    rule = {"scale": case.scale} if case.cosine is None else {"cosine": case.cosine.to(device)}
+    inputs = (x.to(device) for x in (case.q_BHLK, case.k_BGNK, case.v_BGNK))
+    return attention(*inputs, limits=Limits.of(case.limits), backend=backend, **rule, **options)
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_it_is_chosen_where_it_fits(device: str, cosine: bool) -> None:
+    case = small(cosine=cosine)
+    with watching() as choices:
+        output = call(case, device)
+    assert (choices[0].backend, choices[0].refused) == ("cuda", {})
+    exact, _ = case.exact()
+    assert error(output, exact) <= rounding(torch.bfloat16, exact)
+
+
+@no_emulation
+@pytest.mark.usefixtures("emulated")
+def test_it_says_what_it_cannot_do_and_the_next_one_does_it() -> None:
+    q = numbers(2, 4, 14, 64)
+    rounded, limits = q.bfloat16(), ScaleSchedule((1, 2, 3)).visible_limits()
+    refused = {
+        "in bfloat16 or float16, not in torch.float32": ({}, q),
+        "head widths of 64 and 128, not 32": ({}, rounded[..., :32]),
+        "take no key_mask": ({"key_mask": torch.ones(2, 14, dtype=torch.bool)}, rounded),
+        "1 to 65535 rows and heads, not 0 and 4": ({}, rounded[:0]),
+        "run on cpu, not on meta": ({}, rounded.to("meta")),
+    }
+    for reason, (options, x) in refused.items():
+        with watching() as choices:
+            attention(x, x, x, limits=limits, **options)
+        assert choices[0].backend != "cuda"
+        assert reason in choices[0].refused["cuda"]
+        with pytest.raises(ValueError, match=f"attention backend 'cuda' cannot compute this: its kernels .*{reason}"):
+            attention(x, x, x, limits=limits, backend="cuda", **options)
+
+
+def test_without_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "kernels", cuda.Kernels(missing="vargpt was installed without its CUDA kernels"))
+    q = numbers(1, 1, 2, 64).bfloat16()
+    with watching() as choices:
+        attention(q, q, q)
+    assert choices[0].refused["cuda"] == "vargpt was installed without its CUDA kernels"
+
+
+@pytest.mark.parametrize("rule", ["causal", "all"])
+def test_plain_and_causal_attention_are_limits(device: str, rule: str) -> None:
+    limits = list(range(9, 49)) if rule == "causal" else [48] * 40
+    case = problem(torch.bfloat16, 128, limits, key_heads=2, share=2, cosine=False)
+    inputs = (x.to(device) for x in (case.q_BHLK, case.k_BGNK, case.v_BGNK))
+    output = attention(*inputs, causal=rule == "causal", scale=case.scale, backend="cuda")
+    exact, _ = case.exact()
+    assert error(output, exact) <= rounding(torch.bfloat16, exact)
+
+
+def test_inputs_that_kernels_cannot_read_are_copied(device: str) -> None:
+    case = small()
+    expected = call(case, device, "cuda")
+    apart = case.q_BHLK.transpose(2, 3).contiguous().transpose(2, 3)
+    wide = torch.cat((case.v_BGNK, case.v_BGNK[..., :4]), -1)[..., :64]
+    moved = Problem(apart, shifted(case.k_BGNK), wide, case.limits, case.cosine)
+    assert torch.equal(call(moved, device, "cuda"), expected)
+
+
+def test_angles_and_a_cache_give_what_the_reference_gives(device: str) -> None:
+    """With a cache, new tokens come in three steps; backends may take turns."""
+    schedule = ScaleSchedule((1, 3, 5))
+    length, width = schedule.total, 64
+    q, k, v = (numbers(2, heads, length, width, seed=heads).bfloat16() for heads in (4, 2, 2))
+    angles = numbers(1, 1, length, width, seed=9)
+    temperature = torch.tensor([1.0, 3.0, 5.0, 9.0])
+
+    def steps(backends: list[str], device: str, dtype: torch.dtype) -> Tensor:
+        place = {"device": torch.device(device), "dtype": dtype}
+        cache, outputs = KVCache(1, 2, 2, length, width, **place), []
+        for scale, backend in enumerate(backends):
+            new = schedule.span(scale)
+            outputs.append(
+                attention(
+                    *(x[:, :, new].to(**place) for x in (q, k, v)),
+                    rotary=(angles[:, :, new].cos().to(**place), angles[:, :, new].sin().to(**place)),
+                    cosine=temperature.to(**place),
+                    cache=cache,
+                    backend=backend,
+                )
+            )
+            cache.advance(schedule.lengths[scale])
+        return torch.cat(outputs, 2).float().cpu()
+
+    expected = steps(["reference"] * 3, "cpu", torch.float32)
+    for backends in (["cuda"] * 3, ["cuda", "matmul", "cuda"], ["matmul", "cuda", "sdpa"]):
+        # Rotated queries and keys are rounded to 16 bits, and their logits reach 9.
+        assert float((steps(backends, device, torch.bfloat16) - expected).abs().max()) <= 0.06
+
+
+# ---- Loading ----
+
+
+def test_a_library_that_cannot_be_loaded_is_told_once(tmp_path: Path) -> None:
+    """In a process of its own: a copy of the package, beside whose files lies a library that is none."""
+    package = shutil.copytree(
+        Path(cuda.__file__).parents[1], tmp_path / "vargpt", ignore=shutil.ignore_patterns("assets", "*.so")
+    )
+    (package / "kernels" / "_cuda.abi3.so").write_text("no library")
+    code = "import torch; from vargpt.kernels import attention, watching\n"
+    code += "q = torch.ones(1, 1, 2, 64).bfloat16()\n"
+    code += "with watching() as choices: attention(q, q, q); attention(q, q, q)\n"
+    code += "print(choices[1].backend, choices[1].refused['cuda'])"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("UserWarning: the CUDA kernels of vargpt were built, but cannot be loaded: ") == 1
+    assert run.stderr.count("Warning") == 1
+    assert run.stdout.startswith("sdpa the CUDA kernels of vargpt were built, but cannot be loaded: ")
+
+
+@pytest.mark.skipif(cuda.kernels.missing is None, reason="CUDA kernels were built here")
+def test_none_built_is_no_reason_to_warn() -> None:
+    code = "import vargpt.kernels.cuda as cuda; print(cuda.kernels.missing)"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("vargpt was installed without its CUDA kernels\n", "")
+
+
+# ---- torch.compile ----
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_it_compiles_in_one_piece(device: str, backend: str) -> None:
+    command = [sys.executable, "-W", "error", "-m", "tests.kernels.compiled", backend, device]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == 0
