@@ -25,6 +25,7 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 namespace cuda_on_cpu {
 
