@@ -53,6 +53,12 @@ def _installed() -> Kernels:
 kernels = _installed()
 
 
+def _new_vectors(like: Tensor) -> Tensor:
+    """As csrc/binding.cuh makes them: what belongs to a token lies side by side."""
+    batch, heads, length, width = like.shape
+    return like.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
 # ---- attention_forward ----
 
 torch.library.define(
@@ -66,9 +72,7 @@ torch.library.define(
 def _forward_fake(
     queries: Tensor, keys: Tensor, values: Tensor, limits: Tensor, head_scales: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, length, width = queries.shape
-    output = queries.new_empty(batch, length, heads, width).transpose(1, 2)
-    return output, queries.new_empty(batch, heads, length, dtype=torch.float32)
+    return _new_vectors(queries), queries.new_empty(queries.shape[:3], dtype=torch.float32)
 
 
 def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -78,14 +82,40 @@ def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _forward_backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    *saved, head_scales, output, log_sum_exp = ctx.saved_tensors
-    q, k, v, scales = torch.ops.vargpt.attention_backward(
-        laid_out(gradient), *saved, head_scales, ctx.scale, output, log_sum_exp
+    *inputs, output, log_sum_exp = ctx.saved_tensors
+    q, k, v, head_scales = torch.ops.vargpt.attention_backward(
+        laid_out(gradient), *inputs, ctx.scale, output, log_sum_exp
     )
-    return q, k, v, None, None if head_scales is None else scales, None
+    return q, k, v, None, None if inputs[-1] is None else head_scales, None
 
 
 torch.library.register_autograd("vargpt::attention_forward", _forward_backward, setup_context=_forward_save)
+
+
+# ---- attention_backward ----
+
+torch.library.define(
+    "vargpt::attention_backward",
+    "(Tensor d_output, Tensor queries, Tensor keys, Tensor values, Tensor limits, Tensor? head_scales, float scale, "
+    "Tensor output, Tensor log_sum_exp) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+@torch.library.register_fake("vargpt::attention_backward")
+def _backward_fake(
+    d_output: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    limits: Tensor,
+    head_scales: Tensor | None,
+    scale: float,
+    output: Tensor,
+    log_sum_exp: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_head_scales = log_sum_exp.new_empty(0 if head_scales is None else queries.shape[1])
+    return _new_vectors(queries), _new_vectors(keys), _new_vectors(values), d_head_scales
 
 
 # ---- The backend ----

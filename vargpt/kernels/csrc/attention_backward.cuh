@@ -349,7 +349,8 @@ __global__ void __launch_bounds__(kThreads, AttentionBackwardShared<width>::bloc
   // The last queries see the most keys: no long block is left over at the end.
   const int first_query = (gridDim.x - 1 - blockIdx.x) * kRows;
   const int all_see = call.limits[first_query];  // limits never decrease
-  const int some_see = call.limits[min(first_query + kRows, call.query_count) - 1];
+  const int last_sees = call.limits[min(first_query + kRows, call.query_count) - 1];
+  const int some_see = min(last_sees, call.key_count);  // should limits be wrong, nothing beyond the keys is read
   const int tiles = (some_see + walked_rows - 1) / walked_rows;
 
   const auto load_keys = [&](int tile) {

@@ -6,17 +6,16 @@ namespace vargpt {
 const char* launch_attention_forward(const AttentionForward& call, Format format, int batch, int width, bool cosine,
                                      void* stream);
 
-// Output, laid out as [batch, token, head, width] for the projection that comes next, and log-sum-exp.
+// Output and log-sum-exp.
 std::tuple<Tensor, Tensor> attention_forward_op(Tensor queries, Tensor keys, Tensor values, Tensor limits,
                                                 std::optional<Tensor> head_scales, double scale) {
-  const Checks check("attention_forward");
+  const char* name = "attention_forward";
+  const Checks check(name);
   check_attention_inputs(check, queries, keys, values, limits, head_scales);
-  const int64_t batch = queries.size(0), heads = queries.size(1), count = queries.size(2), width = queries.size(3);
 
   const Device device(queries);
-  const Tensor rows = torch::stable::new_empty(queries, {batch, count, heads, width});
-  const Tensor output = torch::stable::transpose(rows, 1, 2);
-  const Tensor log_sum_exp = torch::stable::new_empty(queries, {batch, heads, count}, ScalarType::Float);
+  const int64_t batch = queries.size(0), heads = queries.size(1), count = queries.size(2);
+  const Tensor output = new_vectors(queries, heads, count), log_sum_exp = new_floats(queries, {batch, heads, count});
   AttentionForward call;
   call.queries = view_to_read(queries);
   call.keys = view_to_read(keys);
@@ -30,10 +29,8 @@ std::tuple<Tensor, Tensor> attention_forward_op(Tensor queries, Tensor keys, Ten
   call.key_heads = int(keys.size(1));
   call.query_count = int(count);
   call.key_count = int(keys.size(2));
-  const Format format = check.format("queries", queries);
-  const char* error = launch_attention_forward(call, format, int(batch), int(width), head_scales.has_value(),
-                                               device.stream());
-  if (error) throw std::runtime_error(join("attention_forward: ", error));
+  check_launch(name, launch_attention_forward(call, format_of(queries), int(batch), int(queries.size(3)),
+                                              head_scales.has_value(), device.stream()));
   return {output, log_sum_exp};
 }
 

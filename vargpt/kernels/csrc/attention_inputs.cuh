@@ -25,31 +25,22 @@ inline void check_attention_inputs(const Checks& check, const Tensor& queries, c
                                    const Tensor& values, const Tensor& limits,
                                    const std::optional<Tensor>& head_scales) {
   check.device("queries", queries);
-  check.same_device("keys", keys, "queries", queries);
-  check.same_device("values", values, "queries", queries);
-  check.same_device("limits", limits, "queries", queries);
-  check.format("queries", queries);
-  check.type("keys", keys, queries.scalar_type());
-  check.type("values", values, queries.scalar_type());
+  check.has_format("queries", queries);
   check.vectors("queries", queries);
+  check.same_device("keys", keys, "queries", queries);
+  check.type("keys", keys, queries.scalar_type());
   check.vectors("keys", keys);
-  check.vectors("values", values);
-
   const int64_t batch = queries.size(0), heads = queries.size(1), count = queries.size(2), width = queries.size(3);
   check.shape("keys", keys, {batch, keys.size(1), keys.size(2), width});
-  check.shape("values", values, {batch, keys.size(1), keys.size(2), width});
+  check.like("values", values, "keys", keys);
   check.require(heads % keys.size(1) == 0, "queries has ", heads, " heads, and keys ", keys.size(1),
                 ": query heads share key heads evenly, so the first number must be a multiple of the second");
+  check.same_device("limits", limits, "queries", queries);
   check.type("limits", limits, ScalarType::Int);
   check.shape("limits", limits, {count});
   check.contiguous("limits", limits);
   if (limits.is_cpu()) check_limits_values(check, limits, keys.size(2));
-  if (head_scales) {
-    check.same_device("head_scales", *head_scales, "queries", queries);
-    check.type("head_scales", *head_scales, ScalarType::Float);
-    check.shape("head_scales", *head_scales, {heads});
-    check.contiguous("head_scales", *head_scales);
-  }
+  if (head_scales) check.floats("head_scales", *head_scales, {heads}, "queries", queries);
 }
 
 }  // namespace vargpt

@@ -37,7 +37,8 @@ namespace vargpt {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Until it is destroyed, the device of a tensor is the current one. Kernels belong on torch's current stream there.
+// Where an op's kernels run. Until it is destroyed, the device of a tensor is the current one, and kernels belong on
+// torch's current stream there.
 class Device {
  public:
 #ifdef __CUDACC__
@@ -49,7 +50,7 @@ class Device {
 #else
   static constexpr const char* kind = "cpu";
   static bool has(const Tensor& tensor) { return tensor.is_cpu(); }
-  explicit Device(const Tensor&) {}
+  explicit Device(const Tensor&) { lent.clear(); }  // what other ops had
 #endif
   void* stream() const { return stream_; }
 
@@ -76,13 +77,6 @@ inline std::string shape_of(const Tensor& tensor) {
 inline std::string place_of(const Tensor& tensor) {
   if (tensor.is_cuda()) return join("cuda:", tensor.get_device_index());
   return tensor.is_cpu() ? "cpu" : "a device of another kind";
-}
-
-// Bytes from a tensor's first number to its last.
-inline size_t span_of(const Tensor& tensor, size_t number_bytes) {
-  int64_t last = 0;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
-  return (last + 1) * number_bytes;
 }
 
 // ---- Checks of one op ----
@@ -124,16 +118,31 @@ class Checks {
             expected, "]");
   }
 
+  // Floats that kernels count through.
+  void floats(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* of,
+              const Tensor& first) const {
+    same_device(name, tensor, of, first);
+    type(name, tensor, ScalarType::Float);
+    shape(name, tensor, sizes);
+    contiguous(name, tensor);
+  }
+
+  // Vectors, as many and of the same kind as others that were checked.
+  void like(const char* name, const Tensor& tensor, const char* of, const Tensor& first) const {
+    same_device(name, tensor, of, first);
+    type(name, tensor, first.scalar_type());
+    vectors(name, tensor);
+    shape(name, tensor, {first.size(0), first.size(1), first.size(2), first.size(3)});
+  }
+
   void contiguous(const char* name, const Tensor& tensor) const {
     require(tensor.is_contiguous(), name, " does not lie in memory without gaps: call .contiguous()");
   }
 
-  // The format of a tensor of 16-bit numbers.
-  Format format(const char* name, const Tensor& tensor) const {
+  void has_format(const char* name, const Tensor& tensor) const {
     const ScalarType type = tensor.scalar_type();
     require(type == ScalarType::BFloat16 || type == ScalarType::Half, name, " holds ", toString(type),
             ", and kernels take BFloat16 or Half: convert it with .bfloat16() or .half()");
-    return type == ScalarType::BFloat16 ? Format::bf16 : Format::fp16;
   }
 
   // [batch, head, token, width]: vectors of 64 or 128 numbers, each a row of whole chunks.
@@ -168,27 +177,56 @@ class Checks {
 
 // ---- What kernels take ----
 
+inline Format format_of(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::BFloat16 ? Format::bf16 : Format::fp16;
+}
+
+inline void lend(const Tensor& tensor, size_t number_bytes, bool writable) {
+#ifdef __CUDACC__
+  (void)tensor, (void)number_bytes, (void)writable;
+#else
+  int64_t last = 0;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
+  if (tensor.numel() > 0) lent.push_back({tensor.const_data_ptr(), (last + 1) * number_bytes, writable});
+#endif
+}
+
 inline View<const uint16_t> view_to_read(const Tensor& tensor) {
-  lend(tensor.const_data_ptr(), span_of(tensor, sizeof(uint16_t)), false);
+  lend(tensor, sizeof(uint16_t), false);
   return {static_cast<const uint16_t*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 inline View<uint16_t> view_to_write(const Tensor& tensor) {
-  lend(tensor.const_data_ptr(), span_of(tensor, sizeof(uint16_t)), true);
+  lend(tensor, sizeof(uint16_t), true);
   return {static_cast<uint16_t*>(tensor.mutable_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 // The numbers of a contiguous tensor.
 template <class Number>
 const Number* numbers_to_read(const Tensor& tensor) {
-  lend(tensor.const_data_ptr(), span_of(tensor, sizeof(Number)), false);
+  lend(tensor, sizeof(Number), false);
   return static_cast<const Number*>(tensor.const_data_ptr());
 }
 
 template <class Number>
 Number* numbers_to_write(const Tensor& tensor) {
-  lend(tensor.const_data_ptr(), span_of(tensor, sizeof(Number)), true);
+  lend(tensor, sizeof(Number), true);
   return static_cast<Number*>(tensor.mutable_data_ptr());
+}
+
+// New vectors [batch, head, token, width] that lie in memory as [batch, token, head, width]: as the projection that
+// comes next, or came before, wants them.
+inline Tensor new_vectors(const Tensor& like, int64_t heads, int64_t tokens) {
+  return torch::stable::transpose(torch::stable::new_empty(like, {like.size(0), tokens, heads, like.size(3)}), 1, 2);
+}
+
+inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, ScalarType::Float);
+}
+
+// What launching says becomes an error, if anything went wrong.
+inline void check_launch(const char* op, const char* error) {
+  if (error) throw std::runtime_error(join(op, ": ", error));
 }
 
 }  // namespace vargpt

@@ -2,10 +2,21 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 #include "ptx.cuh"
 
 namespace vargpt {
+
+#ifndef __CUDACC__
+// What the kernels of an op may touch: the emulator reports every access to other memory.
+struct Lent {
+  const void* data;
+  size_t bytes;
+  bool writable;
+};
+inline std::vector<Lent> lent;
+#endif
 
 // Enqueues a kernel on a stream (a cudaStream_t). Returns null, or what is wrong: in the words of the CUDA runtime, or
 // of the emulator, which has then seen all that the kernel did.
@@ -22,16 +33,8 @@ const char* launch_kernel(void (*kernel)(Call), const Call& call, dim3 grid, int
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #else
   (void)stream;  // the emulator returns when all is done
+  for (const Lent& memory : lent) cuda_on_cpu_tensor(memory.data, memory.bytes, memory.writable);
   return cuda_on_cpu::launch(kernel, call, grid, dim3(threads), shared_bytes, 0) ? cuda_on_cpu_reports() : nullptr;
-#endif
-}
-
-// Says that the next kernel may read these bytes, or write them, too. The emulator reports every other access.
-inline void lend(const void* data, size_t bytes, bool writable) {
-#ifdef __CUDACC__
-  (void)data, (void)bytes, (void)writable;
-#else
-  cuda_on_cpu_tensor(data, bytes, writable);
 #endif
 }
 
