@@ -32,10 +32,12 @@ def main(backend: str, device: str) -> None:
     if device == "cpu":
         cuda.kernels = cuda.load(str(build_ops()), "cpu")
     x, temperature = numbers(2, 14, 3 * 2 * 64).bfloat16().to(device), torch.tensor([0.5, 1.5], device=device)
-    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    leaves = [x.requires_grad_(), temperature.requires_grad_()]
     with using("cuda"):
-        difference = float((compiled(x, temperature) - block(x, temperature)).abs().max())
-    print(difference)
+        outputs = [run(*leaves) for run in (torch.compile(block, fullgraph=True, backend=backend), block)]
+    gradients = [torch.autograd.grad(y, leaves, numbers(*y.shape, seed=1).to(y)) for y in outputs]
+    pairs = zip(*([y, *found] for y, found in zip(outputs, gradients, strict=True)), strict=True)
+    print(max(float((ours - expected).detach().abs().max()) for ours, expected in pairs))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.mark_non_differentiable(output[1])
 
 
-def _forward_backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _forward_backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, output, log_sum_exp = ctx.saved_tensors
     q, k, v, head_scales = torch.ops.vargpt.attention_backward(
         laid_out(gradient), *inputs, ctx.scale, output, log_sum_exp

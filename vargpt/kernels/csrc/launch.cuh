@@ -1,4 +1,4 @@
-// How kernels are launched. Like ptx.cuh, this file has two bodies: nvcc takes the first, g++ (for the tests) the second.
+// How kernels are launched. Like ptx.cuh, this file has two bodies, one for nvcc, one for g++, which tests use.
 #pragma once
 
 #include <cstddef>
