@@ -92,8 +92,8 @@ class Launch:
         self.defines = {"FORMAT": DTYPES[q.dtype], "WIDTH": width, "COSINE": str(scales is not None).lower()}
 
     def template(self, kernel: str) -> str:
-        """A kernel's name in C++."""
-        arguments = "32" if kernel == "head_scales" else "Format::{FORMAT}, {WIDTH}, {COSINE}".format(**self.defines)
+        """A kernel's name in C++. To nvcc a comma means that another macro follows, unless it is escaped."""
+        arguments = "32" if kernel == "head_scales" else r"Format::{FORMAT}\,{WIDTH}\,{COSINE}".format(**self.defines)
         return f"attention_backward_{kernel}<{arguments}>"
 
 
