@@ -49,8 +49,8 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 class Launch:
-    """A problem's tensors, as the kernels want them. What they write is NaN before, and no two of the gradients' views
-    have the same strides."""
+    """A problem's tensors, as the kernels want them. What they write is NaN before; gradients have strides of
+    their own."""
 
     def __init__(self, learning: Learning) -> None:
         problem, d_output = learning.problem, learning.d_output_BHLK
@@ -60,7 +60,7 @@ class Launch:
         limits = torch.tensor(problem.limits, dtype=torch.int32)
         d_q, d_k, d_v = (
             laid_out(torch.full_like(x, math.nan), layout)
-            for x, layout in ((q, "fused"), (k, "contiguous"), (v, "cache"))
+            for x, layout in ((q, "cache"), (k, "contiguous"), (v, "fused"))
         )
         numbers = torch.full((batch, heads, padded(queries), 4), math.nan)
         scales = d_scales = lengths = parts = None
@@ -92,8 +92,8 @@ class Launch:
         self.defines = {"FORMAT": DTYPES[q.dtype], "WIDTH": width, "COSINE": str(scales is not None).lower()}
 
     def template(self, kernel: str) -> str:
-        """A kernel's name in C++."""
-        arguments = "32" if kernel == "head_scales" else "Format::{FORMAT}, {WIDTH}, {COSINE}".format(**self.defines)
+        """A kernel's name in C++. To nvcc a comma means that another macro follows, unless it is escaped."""
+        arguments = "32" if kernel == "head_scales" else r"Format::{FORMAT}\,{WIDTH}\,{COSINE}".format(**self.defines)
         return f"attention_backward_{kernel}<{arguments}>"
 
 

@@ -97,7 +97,7 @@ class Learning:
         d_output = laid_out(numbers(*output.shape, seed=seed).to(dtype), layout)
         return cls(problem, output.to(dtype), log_sum_exp.float(), d_output)
 
-    def exact(self) -> tuple[Gradients, dict[str, float]]:
+    def exact(self) -> tuple[Gradients, Gradients]:
         """The gradients in float64, and how far from these a kernel may be because of what it is given.
 
         Of the output it only knows the rounded numbers, and delta = output . d_output is computed from these, in
@@ -117,11 +117,11 @@ class Learning:
         wrong_delta = delta_error + torch.where(delta_error < 0, -1, 1) * FLOAT32 * size
         # Logits lose weight times that; and weights are the gradient of the log-sum-exp. Values do not notice.
         changes = torch.autograd.grad(log_sum_exp, list(leaves.values()), wrong_delta, materialize_grads=True)
-        slack = {name: float(change.abs().max()) for name, change in zip(leaves, changes, strict=True)}
+        slack = {name: change.abs() for name, change in zip(leaves, changes, strict=True)}
         if problem.cosine is not None:
             terms = (d_logits * logits).nan_to_num(0).detach() / problem.cosine.detach()[:, None, None]
             steps = torch.finfo(self.output_BHLK.dtype).eps / 2 * terms
-            slack["cosine"] += float(steps.square().sum((0, 2, 3)).sqrt().max())
+            slack["cosine"] += steps.square().sum((0, 2, 3)).sqrt()
         return exact, slack
 
     def plain(self) -> Gradients:

@@ -16,14 +16,15 @@ REGISTERS = 65536  # of a multiprocessor
 THREADS = 128
 BLOCKS = {64: 3, 128: 2}  # AttentionForwardShared::blocks_per_multiprocessor
 
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
 
-@pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
-def test_forward_kernels_spill_nothing_and_keep_to_their_registers(tmp_path: Path) -> None:
+
+def registers(source: str, tmp_path: Path) -> dict[tuple[str, str], int]:
+    """Of every kernel of a .cu file, for every architecture; nothing may spill."""
     assert NVCC is not None
     targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES]
     command = [NVCC, "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v", *targets, "-c"]
-    command += [str(CSRC / "attention_forward.cu"), "-o", str(tmp_path / "attention_forward.o")]
+    command += [str(CSRC / source), "-o", str(tmp_path / "kernels.o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -33,10 +34,27 @@ def test_forward_kernels_spill_nothing_and_keep_to_their_registers(tmp_path: Pat
         result.stderr,
         re.DOTALL,
     )
-    assert len({name for name, *_ in kernels}) == 8  # two formats, two widths, cosine or not
-    assert len(kernels) == 8 * len(ARCHITECTURES)
-    for name, arch, *figures in kernels:
-        stack, stores, loads, registers = map(int, figures)
-        width = 128 if "Li128" in name else 64
-        assert stack == stores == loads == 0, (name, arch)
-        assert registers <= REGISTERS // (THREADS * BLOCKS[width]) // 8 * 8, (name, arch, registers)
+    for name, arch, *spilled, _ in kernels:
+        assert spilled == ["0", "0", "0"], (name, arch)
+    assert {arch for _, arch, *_ in kernels} == set(ARCHITECTURES)
+    return {(name, arch): int(used) for name, arch, *_, used in kernels}
+
+
+def budget(blocks: int) -> int:
+    """How many registers a thread may have, if so many blocks are to run on a multiprocessor."""
+    return REGISTERS // (THREADS * blocks) // 8 * 8
+
+
+def test_forward_kernels_spill_nothing_and_keep_to_their_registers(tmp_path: Path) -> None:
+    used = registers("attention_forward.cu", tmp_path)
+    assert len(used) == 8 * len(ARCHITECTURES)  # two formats, two widths, cosine or not
+    for (name, arch), number in used.items():
+        assert number <= budget(BLOCKS[128 if "Li128" in name else 64]), (name, arch)
+
+
+def test_backward_kernels_spill_nothing_and_keep_to_their_registers(tmp_path: Path) -> None:
+    used = registers("attention_backward.cu", tmp_path)
+    assert len(used) == (3 * 8 + 1) * len(ARCHITECTURES)
+    for (name, arch), number in used.items():
+        # The prepare kernel only waits for memory: of it, as many blocks run as a multiprocessor has threads for.
+        assert number <= budget(16 if "_prepare" in name else 2), (name, arch)
