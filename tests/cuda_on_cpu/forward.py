@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,18 +110,31 @@ def attention_forward_ptx(problem: Problem, *, csrc: Path = CSRC, arch: str = "s
     library = build("attention_forward.cpp", launch.defines)
     shape = Shape()
     library.function("attention_forward_shape")(ctypes.byref(launch.call), launch.batch, ctypes.byref(shape))
-    memories = [memory_of(x, writable=False) for x in launch.reads] + [memory_of(x) for x in launch.writes]
+    source = emit_ptx("attention_forward.cu", launch.defines, csrc, arch)
+    interpret(source, shape, launch.call, library, reads=launch.reads, writes=launch.writes)
+    return Result(launch.output, launch.log_sum_exp)
+
+
+def interpret(
+    source: str,
+    shape: Shape,
+    call: ctypes.Structure,
+    library: Library,
+    *,
+    reads: Iterable[Tensor],
+    writes: Iterable[Tensor],
+) -> None:
+    """Run the kernel in a PTX text, with the approximations of the emulator in ``library``."""
     x, y, z = shape.grid
     Machine(
-        Program.parse(emit_ptx("attention_forward.cu", launch.defines, csrc, arch)),
+        Program.parse(source),
         grid=(x, y, z),
         block=shape.threads,
         shared_bytes=shape.shared_bytes,
-        parameter=bytes(launch.call),
-        memories=memories,
+        parameter=bytes(call),
+        memories=[memory_of(x, writable=False) for x in reads] + [memory_of(x) for x in writes],
         approximations={name: partial(approximate, library, f"cuda_on_cpu_{c}") for name, c in APPROXIMATIONS.items()},
     ).run()
-    return Result(launch.output, launch.log_sum_exp)
 
 
 APPROXIMATIONS = {"ex2": "exp2", "lg2": "log2"}

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models import numbers, seeds
+from vargpt.kernels import attention
+from vargpt.scales import Limits
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class Problem:
         hidden = torch.arange(k.shape[2]) >= torch.tensor(self.limits)[:, None]
         logits = (q @ k.transpose(-2, -1)).masked_fill(hidden, -math.inf)
         return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+
+def plain(problem: Problem) -> Tensor:
+    """The usual code: products and normalisation in the inputs' precision, softmax in float32."""
+    return attention(
+        problem.q_BHLK,
+        problem.k_BGNK,
+        problem.v_BGNK,
+        limits=Limits.of(problem.limits),
+        cosine=problem.cosine,
+        scale=problem.scale if problem.cosine is None else None,
+        backend="matmul",
+    )
 
 
 LAYOUTS = ("contiguous", "cache", "fused")
