@@ -228,4 +228,17 @@ def planted(to: Path, file: str, old: str, new: str) -> Path:
     return to
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """One place of the source changed, and what must be noticed: a part of a report, or what of the result is wrong."""
+
+    file: str
+    old: str
+    new: str
+    noticed: str
+
+    def planted(self, to: Path) -> Path:
+        return planted(to, self.file, self.old, self.new)
+
+
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from tests.cuda_on_cpu.backward import Watched, attention_backward
 from tests.cuda_on_cpu.forward import attention_forward
-from tests.cuda_on_cpu.harness import CSRC, planted, unavailable
+from tests.cuda_on_cpu.harness import CSRC, Mistake, planted, unavailable
 from tests.cuda_on_cpu.problems import Gradients, Learning, Problem, problem, problems, visible_keys, with_all_sides
 from tests.cuda_on_cpu.test_attention_forward import (
     VAR_256,
-    Mistake,
     all_logits_far_below_zero,
     one_logit_far_above,
     variants,

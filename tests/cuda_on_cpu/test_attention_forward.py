@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cuda_on_cpu.forward import Watched, attention_forward
-from tests.cuda_on_cpu.harness import CSRC, planted, unavailable
+from tests.cuda_on_cpu.harness import CSRC, Mistake, planted, unavailable
 from tests.cuda_on_cpu.problems import Problem, problem, problems, visible_keys, with_all_sides
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no kernels on this CPU: {unavailable()}")
@@ -136,16 +135,6 @@ def test_rows_of_a_block_that_do_not_exist_are_not_written() -> None:
 # ---- Planted mistakes ----
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """One place of the source changed, and what must be noticed: a part of a report, or what of the result is wrong."""
-
-    file: str
-    old: str
-    new: str
-    noticed: str
-
-
 FORWARD, SHARED, TILES = "attention_forward.cuh", "attention.cuh", "tiles.cuh"
 RACE = "race in shared memory"
 MISTAKES = {
@@ -230,7 +219,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_noticed(name: str, tmp_path: Path) -> None:
     mistake = MISTAKES[name]
-    csrc = planted(tmp_path / "csrc", mistake.file, mistake.old, mistake.new)
+    csrc = mistake.planted(tmp_path / "csrc")
     case = with_all_sides()
     for seed in (0, 1):
         found = wrongs(case, attention_forward(case, seed=seed, csrc=csrc))

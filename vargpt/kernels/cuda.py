@@ -21,6 +21,8 @@ WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_BLOCKS = 65535
 """Rows of a batch, or heads, of one launch."""
+MOST_SHARE = 16
+"""Query heads that share a key head, where one new token is computed."""
 CAPABILITY = (8, 0)
 
 
@@ -118,6 +120,32 @@ def _backward_fake(
     return _new_vectors(queries), _new_vectors(keys), _new_vectors(values), d_head_scales
 
 
+# ---- next_scale, decode ----
+
+torch.library.define(
+    "vargpt::next_scale",
+    "(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) cached_keys, Tensor(b!) cached_values, int past, "
+    "Tensor? head_scales, float scale) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+torch.library.define(
+    "vargpt::decode",
+    "(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) cached_keys, Tensor(b!) cached_values, int past, "
+    "Tensor cosines, Tensor sines, Tensor? mask, float scale) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+@torch.library.register_fake("vargpt::next_scale")
+def _next_scale_fake(queries: Tensor, *_: Any) -> Tensor:
+    return _new_vectors(queries)
+
+
+@torch.library.register_fake("vargpt::decode")
+def _decode_fake(queries: Tensor, *_: Any) -> Tensor:
+    return _new_vectors(queries)
+
+
 # ---- The backend ----
 
 
@@ -143,18 +171,60 @@ def refuses(call: Call) -> str | None:
         return f"its kernels compute in bfloat16 or float16, not in {', '.join(sorted(map(str, dtypes)))}"
     if q.shape[-1] not in WIDTHS:
         return f"its kernels take head widths of 64 and 128, not {q.shape[-1]}"
-    if call.key_mask is not None:
-        return "its kernels take no key_mask"
-    if not 0 < max(q.shape[0], q.shape[1]) <= MOST_BLOCKS or q.numel() == 0:
+    if call.key_mask is not None and not decodes(call):
+        return "its kernels take a key_mask only where one new token joins a cache"
+    if q.numel() == 0 or max(q.shape[0], q.shape[1] + k.shape[1]) > MOST_BLOCKS:
         return f"its kernels take 1 to {MOST_BLOCKS} rows and heads, not {q.shape[0]} and {q.shape[1]}"
     return None
 
 
+def appends(call: Call) -> bool:
+    """Whether kernels fit that store new keys and values by themselves: nothing learns, the cache holds the same
+    format, and every new token sees everything."""
+    if call.cache is None or call.learns or call.cache.dtype != call.q_BHLK.dtype:
+        return False
+    sees_all = call.limits is None and (call.queries == 1 or not call.causal)
+    return sees_all and call.queries == call.k_BGMK.shape[2]
+
+
+def decodes(call: Call) -> bool:
+    """Whether it is one new token of a language model."""
+    if not appends(call) or call.queries > 1 or call.rotary is None or call.cosine is not None:
+        return False
+    return call.q_BHLK.shape[1] // call.k_BGMK.shape[1] <= MOST_SHARE
+
+
 def attend(call: Call) -> Tensor:
-    call = call.rotated().cached()  # lengths are the kernel's
-    head_scales = None if call.cosine is None else call.cosine.float()
+    if decodes(call):
+        return _decode(call)
+    call = call.rotated()
+    return _next_scale(call) if appends(call) else _forward(call.cached())
+
+
+def _forward(call: Call) -> Tensor:
     q, k, v = (laid_out(x) for x in (call.q_BHLK, call.k_BGMK, call.v_BGMK))
-    return torch.ops.vargpt.attention_forward(q, k, v, limits(call), head_scales, call.scale)[0]
+    return torch.ops.vargpt.attention_forward(q, k, v, limits(call), head_scales(call), call.scale)[0]
+
+
+def _next_scale(call: Call) -> Tensor:
+    assert call.cache is not None
+    q, k, v = (laid_out(x) for x in (call.q_BHLK, call.k_BGMK, call.v_BGMK))
+    room = call.cache.with_room(call.layer, call.queries)
+    return torch.ops.vargpt.next_scale(q, k, v, *room, call.cache.length, head_scales(call), call.scale)
+
+
+def _decode(call: Call) -> Tensor:
+    assert call.cache is not None
+    assert call.rotary is not None
+    q, k, v = (laid_out(x) for x in (call.q_BHLK, call.k_BGMK, call.v_BGMK))
+    room = call.cache.with_room(call.layer, 1)
+    angles = (x.flatten(0, 2).float().contiguous() for x in call.rotary)
+    mask = None if call.key_mask is None else call.key_mask.contiguous()
+    return torch.ops.vargpt.decode(q, k, v, *room, call.cache.length, *angles, mask, call.scale)
+
+
+def head_scales(call: Call) -> Tensor | None:
+    return None if call.cosine is None else call.cosine.float()
 
 
 def limits(call: Call) -> Tensor:

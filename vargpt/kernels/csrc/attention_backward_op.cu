@@ -1,6 +1,6 @@
 // The op vargpt::attention_backward.
-#include "attention_inputs.cuh"
-//
+#include "op_inputs.cuh"
+// Kernels come after torch: where g++ compiles them, names like threadIdx are macros from here on.
 #include "attention_backward.cuh"
 
 namespace vargpt {

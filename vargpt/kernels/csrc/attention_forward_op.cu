@@ -1,5 +1,7 @@
 // The op vargpt::attention_forward.
-#include "attention_inputs.cuh"
+#include "op_inputs.cuh"
+// Kernels come after torch: where g++ compiles them, names like threadIdx are macros from here on.
+#include "attention_forward.cuh"
 
 namespace vargpt {
 

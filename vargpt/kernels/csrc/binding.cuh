@@ -11,12 +11,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "launch.cuh"
 #include "tiles.cuh"
@@ -24,7 +26,7 @@
 // nvcc builds the kernels for GPUs, g++ those that the tests run on CPUs. Without the latter, a tensor on a CPU still
 // reaches the op: its first check says what to do.
 #ifdef __CUDACC__
-#define REGISTER_OP(name, function)                                                                  \
+#define REGISTER_OP(name, function)                                                              \
   STABLE_TORCH_LIBRARY_IMPL(vargpt, CUDA, library) { library.impl(name, TORCH_BOX(&function)); } \
   STABLE_TORCH_LIBRARY_IMPL(vargpt, CPU, library) { library.impl(name, TORCH_BOX(&function)); }
 #else
@@ -77,6 +79,19 @@ inline std::string shape_of(const Tensor& tensor) {
 inline std::string place_of(const Tensor& tensor) {
   if (tensor.is_cuda()) return join("cuda:", tensor.get_device_index());
   return tensor.is_cpu() ? "cpu" : "a device of another kind";
+}
+
+// The memory from a tensor's first number to its last, in bytes.
+struct Span {
+  const char *begin, *end;
+};
+
+inline Span span_of(const Tensor& tensor) {
+  if (tensor.numel() == 0) return {nullptr, nullptr};
+  int64_t numbers = 1;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) numbers += (tensor.size(axis) - 1) * tensor.stride(axis);
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  return {begin, begin + numbers * int64_t(tensor.element_size())};
 }
 
 // ---- Checks of one op ----
@@ -135,6 +150,34 @@ class Checks {
     shape(name, tensor, {first.size(0), first.size(1), first.size(2), first.size(3)});
   }
 
+  // A cache of keys or values, of which `past` tokens are there, and which has room for `count` more. Kernels write to
+  // it: no number may lie in two places, and nothing else where it lies.
+  void cache(const char* name, const Tensor& tensor, int64_t past, const char* of, const Tensor& fresh) const {
+    same_device(name, tensor, of, fresh);
+    type(name, tensor, fresh.scalar_type());
+    vectors(name, tensor);
+    shape(name, tensor, {fresh.size(0), fresh.size(1), tensor.size(2), fresh.size(3)});
+    require(past >= 0, "past is ", past, ": give the number of tokens in the cache");
+    require(past + fresh.size(2) <= tensor.size(2), name, " has room for ", tensor.size(2), " tokens, and ", past,
+            " and ", fresh.size(2), " are too many: make a longer cache");
+    std::pair<int64_t, int64_t> axes[3];  // stride, size
+    for (int64_t axis = 0; axis < 3; ++axis) axes[axis] = {tensor.stride(axis), tensor.size(axis)};
+    std::sort(axes, axes + 3);
+    int64_t end = tensor.size(3);
+    for (const auto& [stride, size] : axes) {
+      if (size == 1) continue;
+      require(stride >= end, name, " has a stride of ", stride, ", so that numbers lie in the same place: ",
+              "call .clone(memory_format=torch.contiguous_format)");
+      end = stride * size;
+    }
+  }
+
+  void apart(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) const {
+    const Span mine = span_of(tensor), its = span_of(other);
+    require(mine.end <= its.begin || its.end <= mine.begin, name, " and ", other_name,
+            " lie in the same memory: call .clone() on one of them");
+  }
+
   void contiguous(const char* name, const Tensor& tensor) const {
     require(tensor.is_contiguous(), name, " does not lie in memory without gaps: call .contiguous()");
   }
@@ -181,36 +224,35 @@ inline Format format_of(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::BFloat16 ? Format::bf16 : Format::fp16;
 }
 
-inline void lend(const Tensor& tensor, size_t number_bytes, bool writable) {
+inline void lend(const Tensor& tensor, bool writable) {
 #ifdef __CUDACC__
-  (void)tensor, (void)number_bytes, (void)writable;
+  (void)tensor, (void)writable;
 #else
-  int64_t last = 0;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
-  if (tensor.numel() > 0) lent.push_back({tensor.const_data_ptr(), (last + 1) * number_bytes, writable});
+  const Span memory = span_of(tensor);
+  lent.push_back({memory.begin, size_t(memory.end - memory.begin), writable});
 #endif
 }
 
 inline View<const uint16_t> view_to_read(const Tensor& tensor) {
-  lend(tensor, sizeof(uint16_t), false);
+  lend(tensor, false);
   return {static_cast<const uint16_t*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 inline View<uint16_t> view_to_write(const Tensor& tensor) {
-  lend(tensor, sizeof(uint16_t), true);
+  lend(tensor, true);
   return {static_cast<uint16_t*>(tensor.mutable_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 // The numbers of a contiguous tensor.
 template <class Number>
 const Number* numbers_to_read(const Tensor& tensor) {
-  lend(tensor, sizeof(Number), false);
+  lend(tensor, false);
   return static_cast<const Number*>(tensor.const_data_ptr());
 }
 
 template <class Number>
 Number* numbers_to_write(const Tensor& tensor) {
-  lend(tensor, sizeof(Number), true);
+  lend(tensor, true);
   return static_cast<Number*>(tensor.mutable_data_ptr());
 }
 

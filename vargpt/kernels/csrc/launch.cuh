@@ -8,6 +8,18 @@
 
 namespace vargpt {
 
+// Of the current device.
+inline int multiprocessors() {
+#ifdef __CUDACC__
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+#else
+  return 4;
+#endif
+}
+
 #ifndef __CUDACC__
 // What the kernels of an op may touch: the emulator reports every access to other memory.
 struct Lent {
