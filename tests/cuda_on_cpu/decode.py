@@ -200,7 +200,7 @@ def random_case(
     )
     mask = None
     if masked:
-        mask = laid_out(numbers(batch, 1, 1, past + 8, seed=seed + 3) > 0, "contiguous")[:, 0, 0, : past + 1]
+        mask = (numbers(batch, past + 8, seed=seed + 3) > 0)[:, : past + 1]
         mask[::2, 50:150] = mask[::2, -1:] = False
     angles = 100 * numbers(positions, width, seed=seed + 4).double()
     return Case(q, k, v, angles, mask, factor / math.sqrt(width), spare, layouts[3:], multiprocessors)
@@ -228,7 +228,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, width: int) -> Case:
 
 def with_all_sides(dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Case:
     """Two splits of two tiles and one that ends within its first; shared key heads, odd layouts, a mask that hides all
-    of a tile, of the second split, and the token itself, a position for every row, and room left."""
+    of a tile, of the second or the last split, and the token itself, a position for every row, and room left."""
     case = random_case(
         dtype,
         width,
@@ -243,5 +243,5 @@ def with_all_sides(dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Case
         multiprocessors=2 if width == 64 else 4,
     )
     assert case.mask_BN is not None
-    case.mask_BN[0, 128:256] = False
+    case.mask_BN[0, 128:256] = case.mask_BN[1, 256:] = False
     return case
