@@ -59,11 +59,11 @@ DEVICE const uint32_t* pair_of(const uint16_t* token, int pair) {
 
 // Channels 2 pair and 2 pair + 1 of a token, turned: channel i by the angle it has in common with i + width / 2.
 template <Format format, int width>
-DEVICE float2 rotate(const uint16_t* token, const float* cosines, const float* sines, int pair) {
+DEVICE float2 rotate(const Decode& call, int batch, const uint16_t* token, int pair) {
   const float2 own = unpack<format>(*pair_of(token, pair));
   const float2 other = unpack<format>(*pair_of(token, pair ^ width / 4));  // of the other half
-  const float2 cosine = reinterpret_cast<const float2*>(cosines)[pair];
-  const float2 sine = reinterpret_cast<const float2*>(sines)[pair];
+  const float2 cosine = reinterpret_cast<const float2*>(call.cosines + batch * call.angle_stride)[pair];
+  const float2 sine = reinterpret_cast<const float2*>(call.sines + batch * call.angle_stride)[pair];
   const float sign = pair < width / 4 ? -1.0f : 1.0f;
   return {fmaf(sign * other.x, sine.x, own.x * cosine.x), fmaf(sign * other.y, sine.y, own.y * cosine.y)};
 }
@@ -84,15 +84,13 @@ DEVICE void load_tile(Tile<width> tile, const uint16_t* matrix, int64_t stride, 
 // The turned queries of all heads that share the key head, a row each, and zeros in the rows that remain.
 template <Format format, int width>
 DEVICE void load_queries(const Decode& call, Tile<width> tile, int batch, int first_head, int share) {
-  const float *cosines = call.cosines + batch * call.angle_stride, *sines = call.sines + batch * call.angle_stride;
 #pragma unroll
   for (int i = 0; i < width / 64; ++i) {
     const int pair = lane() + 32 * i;
     for (int row = 0; row < kMostShare; ++row) {
       uint32_t numbers = 0;
       if (row < share) {
-        const float2 turned =
-            rotate<format, width>(call.queries.tokens(batch, first_head + row), cosines, sines, pair);
+        const float2 turned = rotate<format, width>(call, batch, call.queries.tokens(batch, first_head + row), pair);
         numbers = pack<format>(turned.x, turned.y);
       }
       reinterpret_cast<uint32_t*>(tile.at(row, pair / 4))[pair % 4] = numbers;
@@ -171,7 +169,7 @@ __global__ void __launch_bounds__(32, DecodeShared<width>::blocks_per_multiproce
   for (int key = first_key; key < end_key; key += kKeyTile) {
     const uint32_t visible = visible_columns(mask, key, end_key);  // read while keys and values are on their way
     cp_async_wait<1>();  // this lane's part of the keys is here; values may be on their way
-    __syncwarp();        // the others' parts, too
+    __syncwarp();        // the other lanes' keys, too
     Logits logits = {};
     multiply_queries_and_keys<format>(logits, queries, shared.keys());
     __syncwarp();  // everybody is done with the keys
@@ -180,7 +178,7 @@ __global__ void __launch_bounds__(32, DecodeShared<width>::blocks_per_multiproce
     hide_columns(logits, visible);
     softmax.take(logits);
     cp_async_wait<1>();  // the values are here; the next keys may be on their way
-    __syncwarp();        // the others' parts, too
+    __syncwarp();        // the other lanes' values, too
     multiply_by_columns<format>(softmax.output, logits, shared.values());
     __syncwarp();  // everybody is done with the values
     load(shared.values(), call.cached_values, key + kKeyTile);
@@ -200,7 +198,6 @@ template <Format format, int width>
 __global__ void __launch_bounds__(32) decode_combine(Decode call) {
   const int batch = blockIdx.y, head = blockIdx.x, share = call.heads / call.key_heads, key_head = head / share;
   const bool appends = head % share == 0;  // one block for every key head
-  const float *cosines = call.cosines + batch * call.angle_stride, *sines = call.sines + batch * call.angle_stride;
   const uint16_t* query = call.queries.tokens(batch, head);
   const uint16_t *new_key = call.new_keys.tokens(batch, key_head), *value = call.new_values.tokens(batch, key_head);
   uint16_t* key_to = call.cached_keys.tokens(batch, key_head) + call.past * call.cached_keys.token_stride;
@@ -211,8 +208,8 @@ __global__ void __launch_bounds__(32) decode_combine(Decode call) {
 #pragma unroll
   for (int i = 0; i < width / 64; ++i) {
     const int pair = lane() + 32 * i;
-    const float2 turned_query = rotate<format, width>(query, cosines, sines, pair);
-    const float2 turned_key = rotate<format, width>(new_key, cosines, sines, pair);
+    const float2 turned_query = rotate<format, width>(call, batch, query, pair);
+    const float2 turned_key = rotate<format, width>(call, batch, new_key, pair);
     const uint32_t key = pack<format>(turned_key.x, turned_key.y);
     const float2 rounded = unpack<format>(key);  // as later tokens will see it
     product = fmaf(turned_query.x, rounded.x, fmaf(turned_query.y, rounded.y, product));
