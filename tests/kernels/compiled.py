@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
-from tests.cuda_on_cpu.harness import build_ops
+from tests.kernels.emulated import emulated_kernels
 from tests.models import numbers
 from vargpt.kernels import attention, cuda, using
 from vargpt.scales import ScaleSchedule
@@ -30,7 +30,7 @@ def block(x_BLC: Tensor, temperature: Tensor) -> Tensor:
 
 def main(backend: str, device: str) -> None:
     if device == "cpu":
-        cuda.kernels = cuda.load(str(build_ops()), "cpu")
+        cuda.kernels = emulated_kernels()
     x, temperature = numbers(2, 14, 3 * 2 * 64).bfloat16().to(device), torch.tensor([0.5, 1.5], device=device)
     leaves = [x.requires_grad_(), temperature.requires_grad_()]
     with using("cuda"):
