@@ -82,10 +82,10 @@ def wrongs(case: Case, result: Watched) -> list[str]:
     again as is explained at :meth:`Learning.exact`. Head scales do not round: theirs are in float32."""
     found = list(result.reports)
     exact, slack = case.exact
-    for name, right in exact.items():
+    for name, true in exact.items():
         for rows in case.rows(name):
-            rounding = torch.finfo(result.gradients[name].dtype).eps / 2 * right[rows].abs().max()
-            error, plain_error = ((x[name].double() - right)[rows].abs().max() for x in (result.gradients, case.plain))
+            rounding = torch.finfo(result.gradients[name].dtype).eps / 2 * true[rows].abs().max()
+            error, plain_error = ((x[name].double() - true)[rows].abs().max() for x in (result.gradients, case.plain))
             if not error <= 2 * plain_error + rounding + slack[name][rows].max():
                 found.append(name)
     counters = {name: run.counters for name, run in result.runs.items()}
