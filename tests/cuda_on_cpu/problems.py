@@ -101,7 +101,8 @@ class Learning:
         """The gradients in float64, and how far from these a kernel may be because of what it is given.
 
         Of the output it only knows the rounded numbers, and delta = output . d_output is computed from these, in
-        float32. Where a row's weight is all one key's, delta and d_weights cancel, and its error is all that is left.
+        float32. Where a row's weight is all one key's, delta and d_weights cancel, and its error is all that is left;
+        that is then rounded twice, as one of d_logits and as a sum of these.
         The gradient of head scales is, besides, a sum of d_logits that were rounded one by one: such errors add up as
         the steps of a random walk.
         """
@@ -112,16 +113,16 @@ class Learning:
         *found, d_logits = torch.autograd.grad(output, [*leaves.values(), logits], d_output, retain_graph=True)
         exact = dict(zip(leaves, found, strict=True))
 
+        eps = torch.finfo(self.output_BHLK.dtype).eps
         delta_error = ((self.output_BHLK - output) * d_output).sum(-1).detach()
         size = (output * d_output).abs().sum(-1).detach()
-        wrong_delta = delta_error + torch.where(delta_error < 0, -1, 1) * FLOAT32 * size
+        wrong_delta = (delta_error + torch.where(delta_error < 0, -1, 1) * FLOAT32 * size) * (1 + eps)
         # Logits lose weight times that; and weights are the gradient of the log-sum-exp. Values do not notice.
         changes = torch.autograd.grad(log_sum_exp, list(leaves.values()), wrong_delta, materialize_grads=True)
         slack = {name: change.abs() for name, change in zip(leaves, changes, strict=True)}
         if problem.cosine is not None:
             terms = (d_logits * logits).nan_to_num(0).detach() / problem.cosine.detach()[:, None, None]
-            steps = torch.finfo(self.output_BHLK.dtype).eps / 2 * terms
-            slack["cosine"] += steps.square().sum((0, 2, 3)).sqrt()
+            slack["cosine"] += eps / 2 * terms.square().sum((0, 2, 3)).sqrt()
         return exact, slack
 
     def plain(self) -> Gradients:

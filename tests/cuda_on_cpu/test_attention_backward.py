@@ -81,10 +81,10 @@ def wrongs(case: Case, result: Watched) -> list[str]:
     again as is explained at :meth:`Learning.exact`. Head scales do not round: theirs are in float32."""
     found = list(result.reports)
     exact, slack = case.exact
-    for name, right in exact.items():
+    for name, true in exact.items():
         for rows in case.rows(name):
-            rounding = torch.finfo(result.gradients[name].dtype).eps / 2 * right[rows].abs().max()
-            error, plain_error = ((x[name].double() - right)[rows].abs().max() for x in (result.gradients, case.plain))
+            rounding = torch.finfo(result.gradients[name].dtype).eps / 2 * true[rows].abs().max()
+            error, plain_error = ((x[name].double() - true)[rows].abs().max() for x in (result.gradients, case.plain))
             if not error <= 2 * plain_error + rounding + slack[name][rows].max():
                 found.append(name)
     counters = {name: run.counters for name, run in result.runs.items()}
@@ -154,7 +154,7 @@ def test_schedules_change_neither_a_bit_nor_the_verdict() -> None:
     case = Case(Learning.of(with_all_sides(unseen=70)))
     first = attention_backward(case.learning)
     assert wrongs(case, first) == []
-    for seed in range(1, 7):
+    for seed in range(1, 4):
         other = attention_backward(case.learning, seed=seed)
         assert other.reports == []
         for name, gradient in first.gradients.items():
@@ -312,7 +312,7 @@ MISTAKES = {
         BACKWARD, "(gridDim.x - 1 - blockIdx.x)", "(gridDim.x - 1 - blockIdx.x / 2)", "race in a tensor"
     ),
     "queries: rows beyond the last are written": Mistake(
-        BACKWARD, "if (query < call.query_count) store", "if (query <= call.query_count) store", OUTSIDE
+        BACKWARD, "if (query < call.query_count)", "if (query <= call.query_count)", "writes"
     ),
     "queries: all warps write one part of the head scale": Mistake(
         BACKWARD, "to[first_query / 16 + warp()]", "to[first_query / 16]", "race in a tensor"
@@ -321,9 +321,7 @@ MISTAKES = {
         BACKWARD, "int mask = 4; mask < 32", "int mask = 1; mask < 32", SCALES
     ),
     # All of them
-    "the gradient is not made orthogonal to its vector": Mistake(
-        BACKWARD, "-along[half] * inverse : 0.0f", "0.0f : 0.0f", K
-    ),
+    "the gradient is not made orthogonal to its vector": Mistake(BACKWARD, ": -along[half] * inverse", ": 0.0f", K),
     "delta and lengths are sums of half": Mistake(
         BACKWARD, "mask < lanes; mask *= 2", "mask < lanes / 2; mask *= 2", Q
     ),
@@ -366,7 +364,7 @@ def test_the_scale_is_missed_where_there_is_no_cosine(tmp_path: Path) -> None:
 
 
 def test_infinite_factors_are_noticed(tmp_path: Path) -> None:
-    csrc = planted(tmp_path / "csrc", BACKWARD, "format == Format::fp16 && inverse", "false && inverse")
+    csrc = planted(tmp_path / "csrc", BACKWARD, "format == Format::fp16 && too", "false && too")
     case = Case(Learning.of(with_all_sides(torch.float16)))
     assert spoiled(case, attention_backward(case.learning, csrc=csrc)) == [Q, K, SCALES]
 

@@ -165,6 +165,31 @@ def test_threads_that_parted_meet_again() -> None:
     assert y.tolist() == [0] * 7 + list(range(7, 64))
 
 
+def test_unordered_comparisons_are_true_of_nan() -> None:
+    y = np.zeros(64, np.uint32)
+    interpret(
+        """
+        mul.wide.u32 %rd2, %r1, 4;
+        add.s64 %rd3, %rd1, %rd2;
+        mov.f32 %f1, 0f7FC00000;
+        setp.ltu.f32 %p1, %f1, 0f3F800000;
+        setp.lt.f32 %p2, %f1, 0f3F800000;
+        setp.geu.f32 %p3, 0f40000000, 0f3F800000;
+        setp.ltu.f32 %p4, 0f40000000, 0f3F800000;
+        selp.u32 %r2, 1, 0, %p1;
+        selp.u32 %r3, 2, 0, %p2;
+        selp.u32 %r4, 4, 0, %p3;
+        selp.u32 %r5, 8, 0, %p4;
+        add.u32 %r2, %r2, %r3;
+        add.u32 %r2, %r2, %r4;
+        add.u32 %r2, %r2, %r5;
+        st.global.u32 [%rd3], %r2;
+        """,
+        y,
+    )
+    assert y.tolist() == [1 + 4] * 64
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -1,5 +1,5 @@
-// Attention over the first keys, backward: what attention_forward.cuh computed, d_output -> d_queries, d_keys, d_values,
-// and with cosine d_head_scales.
+// Attention over the first keys, backward: from d_output, the gradient of what attention_forward.cuh computes, to
+// d_queries, d_keys, d_values, and with cosine d_head_scales.
 //
 // The weights of the softmax were never written: they are computed again, from the logits and their log-sum-exp. With
 //     d_weights = d_output values^T,  delta[query] = output . d_output  (the sum of a row's weights times d_weights)
@@ -16,8 +16,8 @@
 // With cosine the logits are head_scale (q / |q|).(k / |k|), and lengths are again divided out of numbers between the
 // products, not out of queries and keys. What comes out is the gradient g of q / |q|; that of q is what of it is
 // orthogonal to q, divided by the length: (g - q^ (q^ . g)) / |q|, where q^ = q / |q|. Vectors shorter than 1e-12 are
-// divided by that instead, as by torch's normalize, and so are their gradients: for vectors of zeros that is infinite in
-// half precision, as it should be.
+// divided by that instead, as by torch's normalize, and so are their gradients: those of vectors of zeros are infinite
+// in half precision.
 #pragma once
 
 #include "attention.cuh"
@@ -34,7 +34,7 @@ struct alignas(16) QueryNumbers {
 
 struct AttentionBackward {
   View<const uint16_t> queries, keys, values, output, d_output;  // pointers and strides: whole chunks of 16 bytes
-  View<uint16_t> d_queries, d_keys, d_values;                    // as many numbers as queries, keys, values; likewise
+  View<uint16_t> d_queries, d_keys, d_values;  // likewise; all of them is written, and may overlap with nothing else
   const float* log_sum_exp;  // [batch, heads, query_count], as the forward kernel wrote it
   const int* limits;         // [query_count], from 1 to key_count, never decreasing
   const float* head_scales;  // [heads]; read with cosine
@@ -181,15 +181,17 @@ DEVICE void hide(float (&weights)[eights][4], const Sees& sees) {
   }
 }
 
-// An inverse length as a factor of d_logits, which must stay finite in the format, or times a vector of zeros they would
-// be NaN. In half precision nothing else is as short; and zeros are zeros, whatever they are multiplied by.
+DEVICE bool too_short(float inverse_length) { return inverse_length >= 1.0f / kShortest; }
+
+// An inverse length as a factor of d_logits, which must stay finite in the format: infinity times a vector of zeros is
+// NaN. In half precision nothing but zeros is as short; and these are zeros, whatever they are multiplied by.
 template <Format format>
 DEVICE float finite(float inverse_length) {
-  return format == Format::fp16 && inverse_length == 1.0f / kShortest ? 0.0f : inverse_length;
+  return format == Format::fp16 && too_short(inverse_length) ? 0.0f : inverse_length;
 }
 
-// The gradient of a lane's two vectors, from that of these brought to length 1. Returns the products of the latter and
-// of the vectors brought to length 1, of a lane's two rows.
+// Makes the gradient of vectors of that of the same vectors brought to length 1; a lane's two rows of the warp's 16.
+// `along` becomes the products of the latter gradient and the vectors brought to length 1.
 template <Format format, int width>
 DEVICE void unnormalize(float (&gradient)[width / 8][4], float (&along)[2], Tile<width> vectors,
                         const float (&inverse_lengths)[2]) {
@@ -207,7 +209,7 @@ DEVICE void unnormalize(float (&gradient)[width / 8][4], float (&along)[2], Tile
     }
     const float inverse = inverse_lengths[half];
     along[half] = quad_sum(product) * inverse;
-    const float removed = inverse < 1.0f / kShortest ? -along[half] * inverse : 0.0f;
+    const float removed = too_short(inverse) ? 0.0f : -along[half] * inverse;
 #pragma unroll
     for (int eight = 0; eight < width / 8; ++eight) {
       const float2 vector = pair(eight);
@@ -296,7 +298,8 @@ __global__ void __launch_bounds__(kThreads, AttentionBackwardShared<width>::bloc
       }
     }
     if (numbers[0].limit < first_key + kRows) {  // limits never decrease
-      hide(weights, [&](int half, int column) { return first_key + 16 * warp() + row_of(half) < numbers[column].limit; });
+      const int warp_key = first_key + 16 * warp();
+      hide(weights, [&](int half, int column) { return warp_key + row_of(half) < numbers[column].limit; });
     }
     multiply_by_columns<format>(d_values, weights, d_output);
 
@@ -403,7 +406,6 @@ __global__ void __launch_bounds__(kThreads, AttentionBackwardShared<width>::bloc
         number = exp2_approx(fmaf(number, factor, -numbers[half_of(element)].log_sum_exp));
       }
     }
-
     if (first_key + walked_rows > all_see) {
       hide(weights, [&](int half, int column) { return first_key + column < numbers[half].limit; });
     }
@@ -433,11 +435,13 @@ __global__ void __launch_bounds__(kThreads, AttentionBackwardShared<width>::bloc
     float* to = call.head_scale_parts + (int64_t(head) * call.batch + batch) * parts;
     if (lane() == 0) to[first_query / 16 + warp()] = sum;
   }
-  uint16_t* to = call.d_queries.tokens(batch, head);
+  uint16_t* queries_to = call.d_queries.tokens(batch, head);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int query = first_query + 16 * warp() + row_of(half);
-    if (query < call.query_count) store_row<format>(to + query * call.d_queries.token_stride, d_queries, half, head_scale);
+    if (query < call.query_count) {
+      store_row<format>(queries_to + query * call.d_queries.token_stride, d_queries, half, head_scale);
+    }
   }
 }
 
