@@ -186,7 +186,7 @@ def random_case(
     factor: float = 1.0,
     masked: bool = False,
     positions: int = 1,
-    layouts: tuple[str, ...] = ("contiguous",) * 5,
+    layouts: tuple[str, str, str, str, str] = ("contiguous",) * 5,
     spare: int = 0,
     multiprocessors: int = 108,
     seed: int = 0,

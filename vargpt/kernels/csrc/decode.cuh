@@ -43,6 +43,7 @@ struct DecodeShared {
   static constexpr int bytes = query_bytes + 2 * key_bytes;
   static constexpr int blocks_per_multiprocessor = width == 64 ? 8 : 4;
   static_assert(blocks_per_multiprocessor * (bytes + 1024) <= 164 * 1024);  // of sm_80
+  static_assert(bytes <= 48 * 1024);                                        // more must be asked for
   char* data;
 
   DEVICE Tile<width> queries() const { return {data}; }
