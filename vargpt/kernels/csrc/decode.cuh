@@ -19,8 +19,9 @@ namespace vargpt {
 
 constexpr int kMostShare = 16;  // the rows of a tensor-core product
 
-// Pointers and strides of the cache: whole chunks of 16 bytes; of the other views: 4 bytes; of the angles: 8 bytes.
-// Nothing else may lie where the cache's row `past`, the output and the workspace lie.
+// Pointers and strides of the cache: whole chunks of 16 bytes; of the other views: 4 bytes; of angles and workspace:
+// 8 bytes. Nothing else may lie where the cache's row `past`, the output and the workspace lie. The workspace's numbers
+// may be any; without splits there is none.
 struct Decode {
   View<const uint16_t> queries;               // [batch, heads, 1, width]
   View<const uint16_t> new_keys, new_values;  // [batch, key_heads, 1, width]
