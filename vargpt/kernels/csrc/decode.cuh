@@ -1,5 +1,5 @@
-// One new token of a language model: turns its query and key by the angles of its position, appends key and value to the
-// cache, and computes softmax(scale q.k) values over the `past` tokens before it and itself.
+// One new token of a language model: turns its query and key by the angles of its position, appends key and value to
+// the cache, and computes softmax(scale q.k) values over the `past` tokens before it and itself.
 //
 // What takes the time is reading the cache. Two kernels, of one warp a block:
 //
@@ -9,8 +9,8 @@
 // computes with one of them, the other is on its way. What it finds of its split, it leaves in float in a workspace.
 //
 // `decode_combine` is a block for every query head and row of the batch. It takes the splits together, always in the
-// same order, and with them the new token, which is in no split: a token sees itself whatever the mask says, so there is
-// always something to see. Only this kernel writes to the cache, and only the first one reads it.
+// same order, and with them the new token, which is in no split: a token sees itself whatever the mask says, so there
+// is always something to see. Only this kernel writes to the cache, and only the first one reads it.
 #pragma once
 
 #include "attention_forward.cuh"
