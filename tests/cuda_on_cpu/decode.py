@@ -186,7 +186,8 @@ def random_case(
     factor: float = 1.0,
     masked: bool = False,
     positions: int = 1,
-    layouts: tuple[str, ...] = ("contiguous",) * 5,
+    layouts: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous"),
+    cache_layouts: tuple[str, str] = ("contiguous", "contiguous"),
     spare: int = 0,
     multiprocessors: int = 108,
     seed: int = 0,
@@ -196,14 +197,14 @@ def random_case(
     shapes = [(key_heads * share, 1), (key_heads, past + 1), (key_heads, past + 1)]
     q, k, v = (
         laid_out(numbers(batch, *shape, width, seed=seed + i).to(dtype), layout)
-        for i, (shape, layout) in enumerate(zip(shapes, layouts, strict=False))
+        for i, (shape, layout) in enumerate(zip(shapes, layouts, strict=True))
     )
     mask = None
     if masked:
         mask = (numbers(batch, past + 8, seed=seed + 3) > 0)[:, : past + 1]
         mask[::2, 50:150] = mask[::2, -1:] = False
     angles = 100 * numbers(positions, width, seed=seed + 4).double()
-    return Case(q, k, v, angles, mask, factor / math.sqrt(width), spare, layouts[3:], multiprocessors)
+    return Case(q, k, v, angles, mask, factor / math.sqrt(width), spare, cache_layouts, multiprocessors)
 
 
 @st.composite
@@ -219,7 +220,8 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, width: int) -> Case:
         factor=draw(st.sampled_from([0.1, 1.0, 10.0])),
         masked=draw(st.booleans()),
         positions=draw(st.sampled_from([1, batch])),
-        layouts=draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 5)),
+        layouts=draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 3)),
+        cache_layouts=draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 2)),
         spare=draw(st.integers(0, 70)),
         multiprocessors=draw(st.sampled_from([1, 2, 108])),  # few: splits of several tiles
         seed=draw(seeds),
@@ -238,7 +240,8 @@ def with_all_sides(dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Case
         share=3,
         masked=True,
         positions=2,
-        layouts=("fused", "cache", "fused", "fused", "cache"),
+        layouts=("fused", "cache", "fused"),
+        cache_layouts=("fused", "cache"),
         spare=13,
         multiprocessors=2 if width == 64 else 4,
     )

@@ -197,6 +197,8 @@ def test_unordered_comparisons_are_true_of_nan() -> None:
         ("add.s64 %rd2, %rd1, 2; st.global.u32 [%rd2], %r1;", "not aligned"),
         ("mov.u32 %r2, 1024; st.shared.u32 [%r2], %r1;", "outside of shared memory"),
         ("setp.lt.u32 %p1, %r1, 9; @%p1 bra $end; bar.sync 0;\n$end:", "some of 64 threads"),
+        ("setp.lt.u32 %p1, %r1, 9; @%p1 bra $end; bar.warp.sync -1;\n$end:", "some of 32 threads"),
+        ("bar.warp.sync 65535;", "whole warps"),
         ("mov.u32 %r2, 0; cp.async.cg.shared.global [%r2], [%rd1], 16, 16;", "on its way"),
         ("vote.sync.all.pred %p1, %p1, -1;", "not known"),
         ("add.sat.s32 %r2, %r1, 1;", r"modifiers \['sat'\] are not known"),

@@ -1,5 +1,5 @@
-// One new token of a language model: turns its query and key by the angles of its position, appends key and value to the
-// cache, and computes softmax(scale q.k) values over the `past` tokens before it and itself.
+// One new token of a language model: turns its query and key by the angles of its position, appends key and value to
+// the cache, and computes softmax(scale q.k) values over the `past` tokens before it and itself.
 //
 // What takes the time is reading the cache. Two kernels, of one warp a block:
 //
@@ -9,8 +9,8 @@
 // computes with one of them, the other is on its way. What it finds of its split, it leaves in float in a workspace.
 //
 // `decode_combine` is a block for every query head and row of the batch. It takes the splits together, always in the
-// same order, and with them the new token, which is in no split: a token sees itself whatever the mask says, so there is
-// always something to see. Only this kernel writes to the cache, and only the first one reads it.
+// same order, and with them the new token, which is in no split: a token sees itself whatever the mask says, so there
+// is always something to see. Only this kernel writes to the cache, and only the first one reads it.
 #pragma once
 
 #include "attention_forward.cuh"
@@ -19,8 +19,9 @@ namespace vargpt {
 
 constexpr int kMostShare = 16;  // the rows of a tensor-core product
 
-// Pointers and strides of the cache: whole chunks of 16 bytes; of the other views: 4 bytes; of the angles: 8 bytes.
-// Nothing else may lie where the cache's row `past`, the output and the workspace lie.
+// Pointers and strides of the cache: whole chunks of 16 bytes; of the other views: 4 bytes; of angles and workspace:
+// 8 bytes. Nothing else may lie where the cache's row `past`, the output and the workspace lie. The workspace's numbers
+// may be any; without splits there is none.
 struct Decode {
   View<const uint16_t> queries;               // [batch, heads, 1, width]
   View<const uint16_t> new_keys, new_values;  // [batch, key_heads, 1, width]
@@ -43,6 +44,7 @@ struct DecodeShared {
   static constexpr int bytes = query_bytes + 2 * key_bytes;
   static constexpr int blocks_per_multiprocessor = width == 64 ? 8 : 4;
   static_assert(blocks_per_multiprocessor * (bytes + 1024) <= 164 * 1024);  // of sm_80
+  static_assert(bytes <= 48 * 1024);                                        // more must be asked for
   char* data;
 
   DEVICE Tile<width> queries() const { return {data}; }

@@ -1,6 +1,6 @@
 // Attention of one new scale to everything so far, at inference: appends the new keys and values to the cache, and
-// computes softmax(logits) values over old and new. Every new query sees every key. Logits, softmax and tiles are those of
-// attention_forward.cuh.
+// computes softmax(logits) values over old and new. Every new query sees every key. Logits, softmax and tiles are those
+// of attention_forward.cuh.
 //
 // Blocks of one launch are ordered by nothing, so no block may read what another one writes. Old keys are read from the
 // cache, new ones from where they came, and a tile of keys is of one kind or the other: where both kinds end within a
@@ -12,8 +12,8 @@
 
 namespace vargpt {
 
-// All pointers and strides: whole chunks of 16 bytes. Nothing else may lie where the cache's rows past .. past + count - 1
-// and the output lie. With cosine, the cache holds keys as they come, of any length.
+// All pointers and strides: whole chunks of 16 bytes. Nothing else may lie where the cache's rows from `past` to
+// past + count - 1 and the output lie. With cosine, the cache holds keys as they come, of any length.
 struct NextScale {
   View<const uint16_t> queries;               // [batch, heads, count, width]
   View<const uint16_t> new_keys, new_values;  // [batch, key_heads, count, width]
