@@ -18,6 +18,7 @@ from tests.cuda_on_cpu.harness import CSRC, Mistake, planted, unavailable
 from tests.cuda_on_cpu.problems import Gradients, Learning, Problem, problem, problems, visible_keys, with_all_sides
 from tests.cuda_on_cpu.test_attention_forward import (
     VAR_256,
+    WRONG_LIMITS,
     all_logits_far_below_zero,
     one_logit_far_above,
     variants,
@@ -202,6 +203,14 @@ def test_zeros_in_half_precision_spoil_no_other_gradient(width: int) -> None:
 
 def test_more_parts_of_a_head_scale_than_lanes_that_add_them() -> None:
     right(problem(torch.bfloat16, 64, [2, 2, 3], batch=9))
+
+
+@pytest.mark.parametrize("wrong", WRONG_LIMITS)
+@pytest.mark.parametrize("width", [64, 128])
+def test_wrong_limits_lead_to_wrong_numbers_and_nowhere_else(wrong: str, width: int) -> None:
+    learning = Learning.of(with_all_sides(width=width))
+    limits = WRONG_LIMITS[wrong](learning.problem.limits)
+    assert attention_backward(replace(learning, problem=replace(learning.problem, limits=limits))).reports == []
 
 
 # ---- Planted mistakes ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,22 @@ def test_exponentials_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
 def test_rows_of_a_block_that_do_not_exist_are_not_written() -> None:
     case = problem(torch.bfloat16, 64, [3, 3, 3], batch=2, key_heads=3)
     assert attention_forward(case).run.reports == ()  # the output is registered to its last number
+
+
+WRONG_LIMITS = {
+    "beyond the keys": lambda limits: [limit + 500 for limit in limits],
+    "as large as can be": lambda limits: [2**31 - 1] * len(limits),
+    "none": lambda limits: [0] * len(limits),
+    "as small as can be": lambda limits: [-(2**31)] * len(limits),
+    "decreasing": lambda limits: limits[::-1],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LIMITS)
+def test_wrong_limits_lead_to_wrong_numbers_and_nowhere_else(wrong: str) -> None:
+    """On a GPU nobody looks at them before."""
+    case = with_all_sides()
+    assert attention_forward(replace(case, limits=WRONG_LIMITS[wrong](case.limits))).run.reports == ()
 
 
 # ---- Planted mistakes ----

@@ -199,8 +199,9 @@ __global__ void __launch_bounds__(kThreads, AttentionForwardShared<width>::block
   for (int half = 0; half < 2; ++half) {  // rows beyond the last query go through the motions, and are not stored
     limits[half] = call.limits[min(warp_row + row_of(half), call.query_count - 1)];
   }
-  // Limits never decrease. Should they be wrong, nothing beyond the keys is read, nor computed for long.
-  const int all_see = call.limits[first_query], some_see = min(call.limits[end_query - 1], call.key_count);
+  // Limits never decrease. Should they be wrong, there is still a first tile, and none beyond the keys.
+  const int all_see = call.limits[first_query];
+  const int some_see = max(1, min(call.limits[end_query - 1], call.key_count));
   const int tiles = (some_see + kKeyTile - 1) / kKeyTile;
 
   cp_async_wait<1>();  // the queries are here; keys and values may be on their way
