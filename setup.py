@@ -67,7 +67,7 @@ def kernels(required):
         [str(path) for path in sorted(CSRC.glob("*.cu"))],
         depends=[str(path) for path in sorted(CSRC.glob("*.cuh"))],
         include_dirs=[str(CSRC.resolve())],
-        extra_compile_args={"cxx": [], "nvcc": ["-O3", "-DUSE_CUDA", target]},
+        extra_compile_args={"cxx": [], "nvcc": ["-O3", "-DUSE_CUDA", target, "-Xcompiler", "-fvisibility=hidden"]},
         py_limited_api=True,
     )
     return {

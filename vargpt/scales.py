@@ -100,7 +100,7 @@ class Limits:
 
     def tensor(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
         """One limit a query, as int32, which kernels read; the same tensor at every call."""
-        # torch.compile sees through a cache, and says so; what it makes of a constant, it keeps.
+        # torch.compile sees through a cache, and warns that it does.
         make = _limits_tensor if torch.compiler.is_compiling() else _cached_limits_tensor
         return make(self, torch.device(device or "cpu"))
 

@@ -131,7 +131,7 @@ def ops_unavailable() -> str | None:
 def build_ops() -> Path:
     """The library that an installation builds for GPUs, built for the CPU: the same ops, around emulated kernels."""
     ours = [f"-I{HERE}", f"-I{CSRC}", "-x", "c++"]
-    torchs = [f"-isystem{TORCH / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
+    torchs = [f"-isystem{TORCH / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-fvisibility=hidden"]
     sources = [*HERE.glob("*.h"), *CSRC.glob("*.cuh")]
     objects = [*_runtime()]
     for source in sorted(CSRC.glob("*.cu")):

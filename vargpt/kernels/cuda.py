@@ -23,7 +23,7 @@ MOST_BLOCKS = 65535
 """Rows of a batch, or heads, of one launch."""
 MOST_SHARE = 16
 """Query heads that share a key head, where one new token is computed."""
-CAPABILITY = (8, 0)
+CAPABILITY = 8
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def refuses(call: Call) -> str | None:
         return kernels.missing
     if q.device.type != kernels.device:
         return f"its kernels run on {kernels.device}, not on {q.device.type}"
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < CAPABILITY:
-        return "its kernels need a GPU of compute capability 8.0 or later"
+    if q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major < CAPABILITY:
+        return f"its kernels need a GPU of compute capability {CAPABILITY}.0 or later"
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return f"its kernels compute in bfloat16 or float16, not in {', '.join(sorted(map(str, dtypes)))}"
     if q.shape[-1] not in WIDTHS:

@@ -70,15 +70,26 @@ std::string join(const Parts&... parts) {
   return text.str();
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::string text;
-  for (int64_t size : tensor.sizes()) text += join(text.empty() ? "" : ", ", size);
-  return "[" + text + "]";
-}
+// What messages print; nothing is spelled out before there is something to say.
+struct Shape {
+  const Tensor& tensor;
+  friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+    const char* between = "[";
+    for (int64_t size : shape.tensor.sizes()) out << between << size, between = ", ";
+    return out << (shape.tensor.dim() ? "]" : "[]");
+  }
+};
 
-inline std::string place_of(const Tensor& tensor) {
-  if (tensor.is_cuda()) return join("cuda:", tensor.get_device_index());
-  return tensor.is_cpu() ? "cpu" : "a device of another kind";
+struct Place {
+  const Tensor& tensor;
+  friend std::ostream& operator<<(std::ostream& out, const Place& place) {
+    if (place.tensor.is_cuda()) return out << "cuda:" << place.tensor.get_device_index();
+    return out << (place.tensor.is_cpu() ? "cpu" : "a device of another kind");
+  }
+};
+
+inline bool in_one_place(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
 // The memory from a tensor's first number to its last, in bytes.
@@ -96,9 +107,9 @@ inline Span span_of(const Tensor& tensor) {
 
 // ---- Checks of one op ----
 
-constexpr int64_t kMostBlocks = 65535;        // of a grid, along y and z: rows of a batch, heads
-constexpr int64_t kMostTokens = 1 << 30;      // tokens are counted in int; numbers in memory, in 64 bits
-constexpr int64_t kChunk = 16;                // bytes that kernels copy at once
+constexpr int64_t kMostBlocks = 65535;    // of a grid, along y and z: rows of a batch, heads
+constexpr int64_t kMostTokens = 1 << 30;  // tokens are counted in int; numbers in memory, in 64 bits
+constexpr int64_t kChunk = 16;            // bytes that kernels copy at once
 constexpr int64_t kChunkNumbers = kChunk / 2;
 
 class Checks {
@@ -112,13 +123,13 @@ class Checks {
 
   // The tensor that says where everything is: on a device of the kind that kernels were built for.
   void device(const char* name, const Tensor& tensor) const {
-    require(Device::has(tensor), name, " is on ", place_of(tensor), ", and these kernels run on ", Device::kind,
+    require(Device::has(tensor), name, " is on ", Place{tensor}, ", and these kernels run on ", Device::kind,
             " only: move it there, or call vargpt.kernels.attention, which finds a backend for every device");
   }
 
   void same_device(const char* name, const Tensor& tensor, const char* of, const Tensor& first) const {
-    require(place_of(tensor) == place_of(first), name, " is on ", place_of(tensor), ", but ", of, " on ",
-            place_of(first), ": move it there");
+    require(in_one_place(tensor, first), name, " is on ", Place{tensor}, ", but ", of, " on ", Place{first},
+            ": move it there");
   }
 
   void type(const char* name, const Tensor& tensor, ScalarType type) const {
@@ -127,10 +138,11 @@ class Checks {
   }
 
   void shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) const {
+    const auto has = tensor.sizes();
+    if (std::equal(has.begin(), has.end(), sizes.begin(), sizes.end())) return;
     std::string expected;
     for (int64_t size : sizes) expected += join(expected.empty() ? "" : ", ", size);
-    require(shape_of(tensor) == "[" + expected + "]", name, " has shape ", shape_of(tensor), ", and must have [",
-            expected, "]");
+    require(false, name, " has shape ", Shape{tensor}, ", and must have [", expected, "]");
   }
 
   // Floats that kernels count through.
@@ -158,7 +170,7 @@ class Checks {
     vectors(name, tensor);
     shape(name, tensor, {fresh.size(0), fresh.size(1), tensor.size(2), fresh.size(3)});
     require(past >= 0, "past is ", past, ": give the number of tokens in the cache");
-    require(past + fresh.size(2) <= tensor.size(2), name, " has room for ", tensor.size(2), " tokens, and ", past,
+    require(past <= tensor.size(2) - fresh.size(2), name, " has room for ", tensor.size(2), " tokens, and ", past,
             " and ", fresh.size(2), " are too many: make a longer cache");
     std::pair<int64_t, int64_t> axes[3];  // stride, size
     for (int64_t axis = 0; axis < 3; ++axis) axes[axis] = {tensor.stride(axis), tensor.size(axis)};
@@ -190,9 +202,9 @@ class Checks {
 
   // [batch, head, token, width]: vectors of 64 or 128 numbers, each a row of whole chunks.
   void vectors(const char* name, const Tensor& tensor) const {
-    require(tensor.dim() == 4, name, " has shape ", shape_of(tensor),
+    require(tensor.dim() == 4, name, " has shape ", Shape{tensor},
             ", and must have four axes: batch, head, token, width");
-    require(tensor.numel() > 0, name, " has shape ", shape_of(tensor), ", and must hold something");
+    require(tensor.numel() > 0, name, " has shape ", Shape{tensor}, ", and must hold something");
     const int64_t width = tensor.size(3);
     require(width == 64 || width == 128, name, " has vectors of ", width,
             " numbers, and kernels are built for 64 and 128: call vargpt.kernels.attention, which takes every width");
