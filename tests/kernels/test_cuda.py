@@ -107,6 +107,13 @@ def test_a_sum_has_a_gradient_of_one_number_in_memory(device: str) -> None:
     assert all(torch.equal(whole[name], gradient) for name, gradient in one.items())
 
 
+def test_gradients_have_no_gradients_and_say_so(device: str) -> None:
+    q = numbers(1, 1, 4, 64).bfloat16().to(device).requires_grad_()
+    (gradient,) = torch.autograd.grad(attention(q, q, q, backend="cuda").sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="the backend 'cuda' has no derivatives of gradients"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("rule", ["causal", "all"])
 def test_plain_and_causal_attention_are_limits(device: str, rule: str) -> None:
     limits = list(range(9, 49)) if rule == "causal" else [48] * 40

@@ -120,6 +120,15 @@ def _backward_fake(
     return _new_vectors(queries), _new_vectors(keys), _new_vectors(values), d_head_scales
 
 
+def _backward_backward(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "the backend 'cuda' has no derivatives of gradients: name another one, with vargpt.kernels.using('matmul')"
+    )
+
+
+torch.library.register_autograd("vargpt::attention_backward", _backward_backward)
+
+
 # ---- next_scale, decode ----
 
 torch.library.define(
