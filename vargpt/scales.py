@@ -99,10 +99,15 @@ class Limits:
         return sum(queries for queries, _ in self.runs)
 
     def tensor(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
-        """One limit a query; the same tensor at every call."""
-        return _limits_tensor(self, torch.device(device or "cpu"))
+        """One limit a query, as int32, which kernels read; the same tensor at every call."""
+        # torch.compile sees through a cache, and warns that it does.
+        make = _limits_tensor if torch.compiler.is_compiling() else _cached_limits_tensor
+        return make(self, torch.device(device or "cpu"))
 
 
-@lru_cache(maxsize=256)
 def _limits_tensor(limits: Limits, device: torch.device) -> Tensor:
-    return torch.tensor([keys for queries, keys in limits.runs for _ in range(queries)], device=device)
+    each = [keys for queries, keys in limits.runs for _ in range(queries)]
+    return torch.tensor(each, dtype=torch.int32, device=device)
+
+
+_cached_limits_tensor = lru_cache(maxsize=256)(_limits_tensor)

@@ -25,6 +25,7 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 namespace cuda_on_cpu {
 
@@ -74,6 +75,10 @@ __attribute__((no_sanitize("thread"))) int launch(void (*kernel)(Call), const Ca
 }
 
 }  // namespace cuda_on_cpu
+
+// Memory that the next launch may read, or write too; and the last launch's reports, a line each.
+extern "C" void cuda_on_cpu_tensor(const void* data, size_t bytes, int writable);
+extern "C" const char* cuda_on_cpu_reports();
 
 #define threadIdx (cuda_on_cpu::thread_index())
 #define blockIdx (cuda_on_cpu::block_index())

@@ -5,32 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tests.cuda_on_cpu.harness import CSRC, DTYPES, Library, Run, build, emit_ptx, span_of
+from tests.cuda_on_cpu.calls import Shape, View, interpret
+from tests.cuda_on_cpu.harness import CSRC, DTYPES, Run, build, emit_ptx
 from tests.cuda_on_cpu.problems import Problem
-from tests.cuda_on_cpu.ptx import Array, Machine, Memory, Program
-
-
-class View(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("token_stride", ctypes.c_int64),
-    ]
-
-    @classmethod
-    def of(cls, tensor_BHLK: Tensor) -> View:
-        *strides, one = tensor_BHLK.stride()
-        assert one == 1
-        return cls(tensor_BHLK.data_ptr(), *strides)
 
 
 class AttentionForward(ctypes.Structure):
@@ -42,10 +24,6 @@ class AttentionForward(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("heads", "key_heads", "query_count", "key_count")),
     ]
-
-
-class Shape(ctypes.Structure):
-    _fields_ = [("grid", ctypes.c_uint * 3), ("threads", ctypes.c_int), ("shared_bytes", ctypes.c_int)]
 
 
 @dataclass(frozen=True)
@@ -109,30 +87,6 @@ def attention_forward_ptx(problem: Problem, *, csrc: Path = CSRC, arch: str = "s
     library = build("attention_forward.cpp", launch.defines)
     shape = Shape()
     library.function("attention_forward_shape")(ctypes.byref(launch.call), launch.batch, ctypes.byref(shape))
-    memories = [memory_of(x, writable=False) for x in launch.reads] + [memory_of(x) for x in launch.writes]
-    x, y, z = shape.grid
-    Machine(
-        Program.parse(emit_ptx("attention_forward.cu", launch.defines, csrc, arch)),
-        grid=(x, y, z),
-        block=shape.threads,
-        shared_bytes=shape.shared_bytes,
-        parameter=bytes(launch.call),
-        memories=memories,
-        approximations={name: partial(approximate, library, f"cuda_on_cpu_{c}") for name, c in APPROXIMATIONS.items()},
-    ).run()
+    ptx = emit_ptx("attention_forward.cu", launch.defines, csrc, arch)
+    interpret(ptx, library, launch.call, shape, reads=launch.reads, writes=launch.writes)
     return Result(launch.output, launch.log_sum_exp)
-
-
-APPROXIMATIONS = {"ex2": "exp2", "lg2": "log2"}
-
-
-def approximate(library: Library, name: str, x: Array) -> Array:
-    """A function of the emulator, so that the two ways to run a kernel can agree to the last bit."""
-    result = np.array(x, np.float32)
-    library.function(name)(ctypes.c_void_p(result.ctypes.data), ctypes.c_size_t(result.size))
-    return result
-
-
-def memory_of(tensor: Tensor, writable: bool = True) -> Memory:
-    array_type: Any = ctypes.c_uint8 * span_of(tensor)
-    return Memory(tensor.data_ptr(), np.ctypeslib.as_array(array_type.from_address(tensor.data_ptr())), writable)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "vargpt" / "kernels" / "csrc"
+TORCH = Path(torch.__file__).parent
 CACHE = HERE.parents[1] / "build" / "cuda_on_cpu"
 
 RUNTIME = ("runtime.cpp", "checker.cpp", "instructions.cpp")
@@ -114,6 +115,36 @@ def _library(entry: Path, defines: tuple[str, ...], csrc: Path) -> Library:
     return Library(path)
 
 
+TORCH_ABI = "0x020a000000000000"
+"""The oldest torch whose stable ABI has all that the ops use, as TORCH_TARGET_VERSION wants it: 2.10."""
+
+
+def ops_unavailable() -> str | None:
+    """Why the operators cannot be built for this machine's CPU; None where they can."""
+    if (reason := unavailable()) is not None:
+        return reason
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return None if version >= (2, 10) else f"torch {torch.__version__} is older than 2.10, and has no stable ABI"
+
+
+@lru_cache(maxsize=1)
+def build_ops() -> Path:
+    """The library that an installation builds for GPUs, built for the CPU: the same ops, around emulated kernels."""
+    ours = [f"-I{HERE}", f"-I{CSRC}", "-x", "c++"]
+    torchs = [f"-isystem{TORCH / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-fvisibility=hidden"]
+    sources = [*HERE.glob("*.h"), *CSRC.glob("*.cuh")]
+    objects = [*_runtime()]
+    for source in sorted(CSRC.glob("*.cu")):
+        op = source.stem.endswith("_op")  # runs on the host, unwatched
+        command = ["g++", *COMMON, *EXACT, *([*torchs, "-O1"] if op else [*HOOKED, *ONE_CALL_ONE_ADDRESS, "-O1"]), "-c"]
+        objects.append(_cached(source.stem, ".o", [*command, torch.__version__], [source, *sources]))
+        _compile([*command, *ours], [source], objects[-1])
+    link = ["g++", "-shared", "-Wl,-Bsymbolic", "-ldl", f"-L{TORCH / 'lib'}"]
+    path = _cached("ops", ".so", link, objects)
+    _compile(link, [*objects, Path("-ltorch"), Path("-ltorch_cpu")], path)
+    return path
+
+
 def build(entry: str, defines: Mapping[str, object] | None = None, csrc: Path = CSRC) -> Library:
     """The kernel that a .cpp file of this folder launches, compiled from the sources in ``csrc``."""
     return _library(HERE / entry, _flags(defines), csrc)
@@ -195,6 +226,19 @@ def planted(to: Path, file: str, old: str, new: str) -> Path:
     shutil.copytree(CSRC, to, dirs_exist_ok=True)
     (to / file).write_text(text.replace(old, new))
     return to
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One place of the source changed, and what must be noticed: a part of a report, or what of the result is wrong."""
+
+    file: str
+    old: str
+    new: str
+    noticed: str
+
+    def planted(self, to: Path) -> Path:
+        return planted(to, self.file, self.old, self.new)
 
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -24,6 +24,7 @@ Array = NDArray[Any]
 LANES = 32
 TYPES: dict[str, type[np.generic]] = {
     "pred": np.bool_,
+    **dict.fromkeys(("b8", "u8"), np.uint8),
     **dict.fromkeys(("b16", "u16"), np.uint16),
     **dict.fromkeys(("b32", "u32"), np.uint32),
     **dict.fromkeys(("b64", "u64"), np.uint64),
@@ -155,6 +156,11 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "ge": np.greater_equal,
     "eq": np.equal,
     "ne": np.not_equal,
+    # Unordered: true of NaN, too.
+    "ltu": lambda a, b: ~np.greater_equal(a, b),
+    "leu": lambda a, b: ~np.greater(a, b),
+    "gtu": lambda a, b: ~np.less_equal(a, b),
+    "geu": lambda a, b: ~np.less(a, b),
 }
 
 
@@ -391,8 +397,13 @@ class Machine:
         self.place[self.active] = len(self.program.instructions)
 
     def _bar(self, opcode: Sequence[str], operands: Sequence[str]) -> None:
-        self._only(opcode, "sync")
-        self._together(self.threads_per_block)
+        if opcode == ("bar", "warp", "sync"):
+            if (self.read(operands[0], "u32")[self.active] != 2**32 - 1).any():
+                raise ValueError("only barriers of whole warps are known")
+            self._together(LANES)
+        else:
+            self._only(opcode, "sync")
+            self._together(self.threads_per_block)
 
     def _together(self, size: int) -> None:
         """All or none of so many threads in succession must be here."""

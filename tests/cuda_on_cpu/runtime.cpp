@@ -150,7 +150,10 @@ char* shared_memory() { return machine.shared; }
 void run_thread() {
   machine.body(machine.call);
   Thread& thread = *machine.current;
-  if (!thread.open_copies.empty() || !thread.groups.empty()) report("ends while a cp.async is on its way", nullptr);
+  const auto has_copies = [](const std::vector<Copy>& group) { return !group.empty(); };
+  if (has_copies(thread.open_copies) || std::any_of(thread.groups.begin(), thread.groups.end(), has_copies)) {
+    report("ends while a cp.async is on its way", nullptr);
+  }
   thread.finished = true;
   ++machine.finished;
   switch_away();

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tests.cuda_on_cpu.forward import Watched, attention_forward
-from tests.cuda_on_cpu.harness import CSRC, planted, unavailable
+from tests.cuda_on_cpu.harness import CSRC, Mistake, planted, unavailable
 from tests.cuda_on_cpu.problems import Problem, problem, problems, visible_keys, with_all_sides
-from vargpt.kernels import attention
-from vargpt.scales import Limits
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no kernels on this CPU: {unavailable()}")
 
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 TILE = 64
-
-
-def plain(problem: Problem) -> Tensor:
-    """The usual code: products and normalisation in the inputs' precision, softmax in float32."""
-    return attention(
-        problem.q_BHLK,
-        problem.k_BGNK,
-        problem.v_BGNK,
-        limits=Limits.of(problem.limits),
-        cosine=problem.cosine,
-        scale=problem.scale if problem.cosine is None else None,
-        backend="matmul",
-    )
 
 
 def work(problem: Problem) -> tuple[int, int]:
@@ -51,7 +35,7 @@ def wrongs(problem: Problem, result: Watched) -> list[str]:
     found = list(result.run.reports)
     output, log_sum_exp = problem.exact()
     rounding = torch.finfo(problem.q_BHLK.dtype).eps / 2 * output.abs().max()
-    error, plain_error = ((x.double() - output).abs().max() for x in (result.output_BHLK, plain(problem)))
+    error, plain_error = ((x.double() - output).abs().max() for x in (result.output_BHLK, problem.plain()))
     if not error <= 2 * plain_error + rounding:
         found.append("output")
     if not ((result.log_sum_exp_BHL - log_sum_exp).abs() <= 2e-6 * (1 + log_sum_exp.abs())).all():
@@ -104,7 +88,7 @@ def test_the_published_256_pixel_schedule(dtype: torch.dtype, width: int, cosine
     result = attention_forward(whole, seed=1)
     assert wrongs(whole, result) == []
     output, _ = whole.exact()
-    squares = [float((x.double() - output).square().mean()) for x in (result.output_BHLK, plain(whole))]
+    squares = [float((x.double() - output).square().mean()) for x in (result.output_BHLK, whole.plain())]
     assert squares[0] <= squares[1]  # over many numbers, the kernel errs less than the plain code
 
 
@@ -149,20 +133,26 @@ def test_rows_of_a_block_that_do_not_exist_are_not_written() -> None:
     assert attention_forward(case).run.reports == ()  # the output is registered to its last number
 
 
+WRONG_LIMITS = {
+    "beyond the keys": lambda limits: [limit + 500 for limit in limits],
+    "as large as can be": lambda limits: [2**31 - 1] * len(limits),
+    "none": lambda limits: [0] * len(limits),
+    "as small as can be": lambda limits: [-(2**31)] * len(limits),
+    "decreasing": lambda limits: limits[::-1],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LIMITS)
+def test_wrong_limits_lead_to_wrong_numbers_and_nowhere_else(wrong: str) -> None:
+    """On a GPU nobody looks at them before."""
+    case = with_all_sides()
+    assert attention_forward(replace(case, limits=WRONG_LIMITS[wrong](case.limits))).run.reports == ()
+
+
 # ---- Planted mistakes ----
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """One place of the source changed, and what must be noticed: a part of a report, or what of the result is wrong."""
-
-    file: str
-    old: str
-    new: str
-    noticed: str
-
-
-FORWARD, TILES = "attention_forward.cuh", "tiles.cuh"
+FORWARD, SHARED, TILES = "attention_forward.cuh", "attention.cuh", "tiles.cuh"
 RACE = "race in shared memory"
 MISTAKES = {
     "the queries' wait_group lets one group more pass": Mistake(
@@ -231,7 +221,7 @@ MISTAKES = {
     ),
     "half of a quad is summed": Mistake(TILES, "return value + shfl_xor(value, 2);", "return value;", "output"),
     "half of a key is measured": Mistake(FORWARD, "squares += shfl_xor(squares, 1);", "", "output"),
-    "a length of zero is divided by": Mistake(FORWARD, "fmaxf(sqrtf(squares), 1e-12f)", "sqrtf(squares)", "output"),
+    "a length of zero is divided by": Mistake(SHARED, "fmaxf(sqrtf(squares), kShortest)", "sqrtf(squares)", "output"),
     "the log-sum-exp is of base 2": Mistake(
         FORWARD, "+ log2_approx(total)) * kLn2", "+ log2_approx(total))", "log-sum-exp"
     ),
@@ -246,7 +236,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_noticed(name: str, tmp_path: Path) -> None:
     mistake = MISTAKES[name]
-    csrc = planted(tmp_path / "csrc", mistake.file, mistake.old, mistake.new)
+    csrc = mistake.planted(tmp_path / "csrc")
     case = with_all_sides()
     for seed in (0, 1):
         found = wrongs(case, attention_forward(case, seed=seed, csrc=csrc))

@@ -1,8 +1,9 @@
-"""nvcc's PTX of the forward kernel, interpreted: it computes the bits that the emulated source does, and mistakes in
-the inline assembly, which the emulator cannot see, are noticed."""
+"""nvcc's PTX of the kernels, interpreted: it computes the bits that the emulated source does, and mistakes in the
+inline assembly, which the emulator cannot see, are noticed."""
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cuda_on_cpu.backward import attention_backward, attention_backward_ptx
 from tests.cuda_on_cpu.forward import Result, attention_forward, attention_forward_ptx
 from tests.cuda_on_cpu.harness import DTYPES, NVCC, planted, unavailable
-from tests.cuda_on_cpu.problems import with_all_sides
+from tests.cuda_on_cpu.problems import Gradients, Learning, with_all_sides
 from tests.cuda_on_cpu.ptx import Machine, Memory, Program, from_bf16, fused_multiply_add, to_bf16
 
 compiled = pytest.mark.skipif(
@@ -41,6 +43,31 @@ def test_ptx_and_source_agree_to_the_last_bit(dtype: torch.dtype, width: int, co
 def test_so_does_the_ptx_for_sm_90() -> None:
     case = with_all_sides()
     assert same_bits(attention_forward_ptx(case, arch="sm_90"), attention_forward(case))
+
+
+def same_gradients(ours: Gradients, other: Gradients) -> bool:
+    """Of vectors of zeros they are infinite in half precision."""
+    return all(torch.equal(x, other[name]) for name, x in ours.items())
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("dtype", "width", "cosine"),
+    [
+        pytest.param(*variant, marks=[] if variant == (torch.bfloat16, 64, True) else pytest.mark.slow)
+        for variant in itertools.product(DTYPES, (64, 128), (True, False))
+    ],
+)
+def test_backward_ptx_and_source_agree_to_the_last_bit(dtype: torch.dtype, width: int, cosine: bool) -> None:
+    learning = Learning.of(with_all_sides(dtype, width, cosine, unseen=70))
+    assert same_gradients(attention_backward_ptx(learning), attention_backward(learning).gradients)
+
+
+@pytest.mark.slow
+@compiled
+def test_so_does_the_backward_ptx_for_sm_90() -> None:
+    learning = Learning.of(with_all_sides(unseen=70))
+    assert same_gradients(attention_backward_ptx(learning, arch="sm_90"), attention_backward(learning).gradients)
 
 
 MMA = "row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}"
@@ -138,6 +165,31 @@ def test_threads_that_parted_meet_again() -> None:
     assert y.tolist() == [0] * 7 + list(range(7, 64))
 
 
+def test_unordered_comparisons_are_true_of_nan() -> None:
+    y = np.zeros(64, np.uint32)
+    interpret(
+        """
+        mul.wide.u32 %rd2, %r1, 4;
+        add.s64 %rd3, %rd1, %rd2;
+        mov.f32 %f1, 0f7FC00000;
+        setp.ltu.f32 %p1, %f1, 0f3F800000;
+        setp.lt.f32 %p2, %f1, 0f3F800000;
+        setp.geu.f32 %p3, 0f40000000, 0f3F800000;
+        setp.ltu.f32 %p4, 0f40000000, 0f3F800000;
+        selp.u32 %r2, 1, 0, %p1;
+        selp.u32 %r3, 2, 0, %p2;
+        selp.u32 %r4, 4, 0, %p3;
+        selp.u32 %r5, 8, 0, %p4;
+        add.u32 %r2, %r2, %r3;
+        add.u32 %r2, %r2, %r4;
+        add.u32 %r2, %r2, %r5;
+        st.global.u32 [%rd3], %r2;
+        """,
+        y,
+    )
+    assert y.tolist() == [1 + 4] * 64
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -145,6 +197,8 @@ def test_threads_that_parted_meet_again() -> None:
         ("add.s64 %rd2, %rd1, 2; st.global.u32 [%rd2], %r1;", "not aligned"),
         ("mov.u32 %r2, 1024; st.shared.u32 [%r2], %r1;", "outside of shared memory"),
         ("setp.lt.u32 %p1, %r1, 9; @%p1 bra $end; bar.sync 0;\n$end:", "some of 64 threads"),
+        ("setp.lt.u32 %p1, %r1, 9; @%p1 bra $end; bar.warp.sync -1;\n$end:", "some of 32 threads"),
+        ("bar.warp.sync 65535;", "whole warps"),
         ("mov.u32 %r2, 0; cp.async.cg.shared.global [%r2], [%rd1], 16, 16;", "on its way"),
         ("vote.sync.all.pred %p1, %p1, -1;", "not known"),
         ("add.sat.s32 %r2, %r1, 1;", r"modifiers \['sat'\] are not known"),

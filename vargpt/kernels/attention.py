@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vargpt.kernels.backends import AUTOMATIC, BACKENDS, Backend, Call
+from vargpt.kernels.backends import AUTOMATIC, BACKENDS, Backend
 from vargpt.kernels.cache import KVCache
+from vargpt.kernels.call import Call
 from vargpt.scales import Limits
 
 
@@ -47,6 +47,7 @@ def attention(
     key_mask: Bool[Tensor, "B N"] | None = None,
     scale: float | None = None,
     cosine: Float[Tensor, " H"] | None = None,
+    rotary: tuple[Float[Tensor, "R 1 L K"], Float[Tensor, "R 1 L K"]] | None = None,
     cache: KVCache | None = None,
     layer: int = 0,
     backend: str | None = None,
@@ -63,6 +64,7 @@ def attention(
         scale: defaults to 1 / sqrt(K).
         cosine: instead of ``scale``: queries and keys are brought to length 1, and each head's logits are multiplied
             by its number (Swin v2, section 3.2).
+        rotary: cosines and sines of the angles by which queries and new keys, as many, are turned first.
         cache: the M keys and values given are new ones of its ``layer``: they are appended, and all N so far are
             attended to. Without a cache, N = M.
         backend: one of ``BACKENDS``; by default the one that suits.
@@ -76,21 +78,18 @@ def attention(
         raise ValueError("scale and cosine both say what logits are multiplied by: give one of them")
     if q_BHLK.shape[1] % k_BGMK.shape[1]:
         raise ValueError(f"{q_BHLK.shape[1]} query heads cannot share {k_BGMK.shape[1]} key heads evenly")
-    q, k, v = q_BHLK, k_BGMK, v_BGMK
-    if cosine is not None:
-        q, k = F.normalize(q, dim=-1) * cosine[:, None, None], F.normalize(k, dim=-1)
-        scale = 1.0
-    if cache is not None:
-        k, v = cache.append(layer, k, v)
-    device = q.device.type
+    q, k, v, device = q_BHLK, k_BGMK, v_BGMK, q_BHLK.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))  # rotated ones come in float32
-    call = Call(q, k, v, causal, limits, key_mask, scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if scale is None:
+        scale = 1.0 if cosine is not None else 1 / math.sqrt(q.shape[-1])
+    call = Call(q, k, v, causal, limits, key_mask, scale, cosine, rotary, cache, layer)
     call.check()
     choice = choose(call, backend)
     if _watched is not None:
         _watched.append(choice)
-    return BACKENDS[choice.backend].run(call)
+    chosen = BACKENDS[choice.backend]
+    return chosen.run(call if chosen.fuses else call.prepared())
 
 
 def choose(call: Call, backend: str | None = None) -> Choice:

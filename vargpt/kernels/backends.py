@@ -9,73 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vargpt.kernels import cuda
+from vargpt.kernels.call import Call
 from vargpt.scales import Limits
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call: all keys, cached ones included, and queries that are the last of them. See :func:`attention`."""
-
-    q_BHLK: Float[Tensor, "B H L K"]
-    k_BGNK: Float[Tensor, "B G N K"]
-    v_BGNK: Float[Tensor, "B G N K"]
-    causal: bool
-    limits: Limits | None
-    key_mask: Bool[Tensor, "B _"] | None
-    scale: float
-
-    @property
-    def queries(self) -> int:
-        return self.q_BHLK.shape[2]
-
-    @property
-    def keys(self) -> int:
-        return self.k_BGNK.shape[2]
-
-    @property
-    def grouped(self) -> bool:
-        """Whether query heads share key heads."""
-        return self.q_BHLK.shape[1] != self.k_BGNK.shape[1]
-
-    @property
-    def learns(self) -> bool:
-        """Whether a backward pass will come."""
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q_BHLK, self.k_BGNK, self.v_BGNK))
-
-    def check(self) -> None:
-        """Raises ValueError where queries, keys and limits do not fit each other."""
-        if self.queries > self.keys:
-            raise ValueError(f"{self.queries} queries cannot be the last of {self.keys} keys")
-        if self.key_mask is not None and self.key_mask.shape[1] != self.keys:
-            raise ValueError(f"a mask of {self.key_mask.shape[1]} keys does not fit {self.keys} keys")
-        if self.limits is None:
-            return
-        if self.limits.queries != self.queries:
-            raise ValueError(f"limits of {self.limits.queries} queries do not fit {self.queries} queries")
-        own = self.keys - self.queries
-        for queries, keys in self.limits.runs:
-            own += queries
-            if not own <= keys <= self.keys:
-                raise ValueError(f"a query that is key {own} of {self.keys} cannot see the first {keys}")
-
-    def visibility(self) -> Bool[Tensor, "R L N"] | None:
-        """The mask that causal, limits and key_mask spell out, one for all rows (R = 1) or one each; None if all is
-        visible."""
-        device = self.q_BHLK.device
-        index = torch.arange(self.keys, device=device)
-        own = index[self.keys - self.queries :, None]
-        mask = None
-        if self.causal and self.queries > 1:  # a lone query is the last of the keys: it sees them all
-            mask = (index <= own)[None]
-        elif self.limits is not None:
-            mask = (index < self.limits.tensor(device)[:, None])[None]
-        if self.key_mask is not None:
-            real = self.key_mask[:, None, :] | (index == own)
-            mask = real if mask is None else mask & real
-        return mask
 
 
 def _never(call: Call) -> str | None:
@@ -84,17 +22,21 @@ def _never(call: Call) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """``refuses`` says why it cannot compute a call, ``yields`` why another one should where none is named."""
+    """``refuses`` says why it cannot compute a call, ``yields`` why another one should where none is named.
+
+    One that ``fuses`` rotates, caches and normalises by itself; the others are given calls that are prepared.
+    """
 
     run: Callable[[Call], Tensor]
     refuses: Callable[[Call], str | None] = _never
     yields: Callable[[Call], str | None] = _never
+    fuses: bool = False
 
 
 def _products(call: Call, dtype: torch.dtype) -> Tensor:
     """Two matrix products and a softmax in float32: nothing to read between the lines."""
-    share = call.q_BHLK.shape[1] // call.k_BGNK.shape[1]
-    k, v = (x.to(dtype).repeat_interleave(share, dim=1) for x in (call.k_BGNK, call.v_BGNK))
+    share = call.q_BHLK.shape[1] // call.k_BGMK.shape[1]
+    k, v = (x.to(dtype).repeat_interleave(share, dim=1) for x in (call.k_BGMK, call.v_BGMK))
     logits = (call.q_BHLK.to(dtype) * call.scale) @ k.transpose(-2, -1)
     mask = call.visibility()
     if mask is not None:
@@ -124,8 +66,8 @@ def _sdpa(call: Call) -> Tensor:
     mask = None if fast else call.visibility()
     return F.scaled_dot_product_attention(
         call.q_BHLK,
-        call.k_BGNK,
-        call.v_BGNK,
+        call.k_BGMK,
+        call.v_BGMK,
         attn_mask=None if mask is None else mask[:, None],
         is_causal=fast,
         scale=call.scale,
@@ -145,8 +87,8 @@ def _scales(call: Call) -> Tensor:
         parts.append(
             F.scaled_dot_product_attention(
                 call.q_BHLK[:, :, start : start + queries],
-                call.k_BGNK[:, :, :keys],
-                call.v_BGNK[:, :, :keys],
+                call.k_BGMK[:, :, :keys],
+                call.v_BGMK[:, :, :keys],
                 scale=call.scale,
                 enable_gqa=call.grouped,
             )
@@ -186,7 +128,7 @@ def _flex(call: Call) -> Tensor:
     )
     rows = None if key_mask is None else len(key_mask)
     mask = create_block_mask(real, rows, None, call.queries, call.keys, device=device.type)
-    q, k, v = call.q_BHLK, call.k_BGNK, call.v_BGNK
+    q, k, v = call.q_BHLK, call.k_BGMK, call.v_BGMK
     return _compiled_flex()(q, k, v, block_mask=mask, scale=call.scale, enable_gqa=call.grouped)
 
 
@@ -212,8 +154,10 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(_sdpa),
     "scales": Backend(_scales, refuses=_scales_refuses, yields=_scales_yields),
     "flex": Backend(_flex, refuses=_flex_refuses),
+    "cuda": Backend(cuda.attend, refuses=cuda.refuses, fuses=True),
 }
 """``reference`` is readable and in float32, whatever the inputs; ``matmul`` is the same in the inputs' precision;
-``sdpa`` is torch's fused attention; ``scales`` is one call of it for every scale; ``flex`` is torch's FlexAttention."""
-AUTOMATIC = ("matmul", "scales", "sdpa")
+``sdpa`` is torch's fused attention; ``scales`` is one call of it for every scale; ``flex`` is torch's FlexAttention;
+``cuda`` is this project's own kernels."""
+AUTOMATIC = ("cuda", "matmul", "scales", "sdpa")
 """Those that are chosen where none is named, in the order in which they are asked; the last one computes everything."""

@@ -40,18 +40,10 @@ def rope_frequencies(config: LlamaConfig, positions: Int[Tensor, "R T"]) -> Floa
 def rotations(
     frequencies: Float[Tensor, " half"], positions: Int[Tensor, "R T"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "R 1 T K"], Float[Tensor, "R 1 T K"]]:
-    """Cosines and sines for :func:`rotate`, computed in float32; R is B, or 1 where all rows agree."""
+    """Cosines and sines for ``attention``'s ``rotary``, computed in float32; R is B, or 1 where all rows agree."""
     angles = positions[:, None, :, None].float() * frequencies.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(
-    x_BHTK: Float[Tensor, "B H T K"], cos: Float[Tensor, "R 1 T K"], sin: Float[Tensor, "R 1 T K"]
-) -> Float[Tensor, "B H T K"]:
-    """Turn channel i and channel i + K/2 by their angle (the half-split layout of the published weights)."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -78,8 +70,7 @@ class Attention(nn.Module):
         q = rearrange(self.q(x_BTD), "B T (H K) -> B H T K", H=self.num_heads)
         k = rearrange(self.k(x_BTD), "B T (H K) -> B H T K", H=self.num_kv_heads)
         v = rearrange(self.v(x_BTD), "B T (H K) -> B H T K", H=self.num_kv_heads)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = attention(q, k, v, causal=True, key_mask=key_mask, cache=cache, layer=layer)
+        y = attention(q, k, v, causal=True, key_mask=key_mask, rotary=(cos, sin), cache=cache, layer=layer)
         return self.out(rearrange(y, "B H T K -> B T (H K)"))
 
 

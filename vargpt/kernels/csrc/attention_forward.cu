@@ -1,33 +1,27 @@
 // The forward kernels that are compiled, and the function that launches the right one.
 #include "attention_forward.cuh"
+#include "launch.cuh"
 
 namespace vargpt {
 
 template <Format format, int width, bool cosine>
-cudaError_t launch(const AttentionForward& call, int batch, cudaStream_t stream) {
-  const auto kernel = attention_forward<format, width, cosine>;
-  constexpr int bytes = AttentionForwardShared<width>::bytes;
-  // More than 48 KiB of shared memory must be asked for.
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<attention_forward_grid(call, batch), kThreads, bytes, stream>>>(call);
-  return cudaGetLastError();
+const char* launch(const AttentionForward& call, int batch, void* stream) {
+  return launch_kernel(attention_forward<format, width, cosine>, call, attention_forward_grid(call, batch), kThreads,
+                       AttentionForwardShared<width>::bytes, stream);
 }
 
 template <Format format>
-cudaError_t launch_width(const AttentionForward& call, int batch, int width, bool cosine, cudaStream_t stream) {
-  if (width == 64 && cosine) return launch<format, 64, true>(call, batch, stream);
-  if (width == 64) return launch<format, 64, false>(call, batch, stream);
-  if (width == 128 && cosine) return launch<format, 128, true>(call, batch, stream);
-  if (width == 128) return launch<format, 128, false>(call, batch, stream);
-  return cudaErrorInvalidValue;
+const char* launch_width(const AttentionForward& call, int batch, int width, bool cosine, void* stream) {
+  if (width == 64) return (cosine ? launch<format, 64, true> : launch<format, 64, false>)(call, batch, stream);
+  return (cosine ? launch<format, 128, true> : launch<format, 128, false>)(call, batch, stream);
 }
 
-// Enqueues attention for `batch` rows. Whoever calls has checked shapes, strides, alignment and limits.
-cudaError_t launch_attention_forward(const AttentionForward& call, Format format, int batch, int width, bool cosine,
-                                     cudaStream_t stream) {
-  return format == Format::bf16 ? launch_width<Format::bf16>(call, batch, width, cosine, stream)
-                                : launch_width<Format::fp16>(call, batch, width, cosine, stream);
+// Enqueues attention for `batch` rows; returns null, or what is wrong. Whoever calls has checked everything, the width
+// too, which is 64 or 128.
+const char* launch_attention_forward(const AttentionForward& call, Format format, int batch, int width, bool cosine,
+                                     void* stream) {
+  return (format == Format::bf16 ? launch_width<Format::bf16> : launch_width<Format::fp16>)(call, batch, width, cosine,
+                                                                                            stream);
 }
 
 }  // namespace vargpt

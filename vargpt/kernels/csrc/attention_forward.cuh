@@ -10,11 +10,9 @@
 //
 // Two decisions on numbers. Lengths are divided out of the logits, not out of queries and keys: these stay as they are,
 // and no rounding to 16 bits comes in between. Logits are kept in base 2, since exp2 is the hardware's exponential.
-//
-// A product that is added to something is written as fmaf: nvcc fuses the two in any case, and g++ then does the same.
 #pragma once
 
-#include "tiles.cuh"
+#include "attention.cuh"
 
 namespace vargpt {
 
@@ -29,9 +27,7 @@ struct AttentionForward {
   int query_count, key_count;
 };
 
-constexpr int kQueryTile = 64, kKeyTile = 64;
-constexpr int kThreads = 32 * kQueryTile / 16;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr int kQueryTile = kRows, kKeyTile = 64;
 
 // What a block keeps in shared memory. Keys and values have two stages: one is computed while the other is copied.
 template <int width>
@@ -51,15 +47,6 @@ struct AttentionForwardShared {
 };
 
 // ---- Lengths ----
-
-template <Format format>
-DEVICE float add_squares(float sum, uint32_t pair) {
-  const float2 numbers = unpack<format>(pair);
-  return fmaf(numbers.x, numbers.x, fmaf(numbers.y, numbers.y, sum));
-}
-
-// 1 / |x|; the bound is that of torch's normalize, and keeps vectors of zeros at zero.
-DEVICE float inverse_length(float squares) { return 1.0f / fmaxf(sqrtf(squares), 1e-12f); }
 
 // 1 / |query| of a lane's two rows. Each lane of a quad holds other columns of them.
 template <Format format, int steps>
@@ -86,11 +73,7 @@ DEVICE void measure_keys(float* inverse_lengths, Tile<width> keys) {
 #pragma unroll
   for (int i = 0; i < Tile<width>::chunks / 2; ++i) {
     const int chunk = i / 4 * 8 + part * 4 + i % 4;
-    const uint4 numbers = *reinterpret_cast<const uint4*>(keys.at(key, chunk));
-    squares = add_squares<format>(squares, numbers.x);
-    squares = add_squares<format>(squares, numbers.y);
-    squares = add_squares<format>(squares, numbers.z);
-    squares = add_squares<format>(squares, numbers.w);
+    squares = add_squares<format>(squares, *reinterpret_cast<const uint4*>(keys.at(key, chunk)));
   }
   squares += shfl_xor(squares, 1);
   if (part == 0) inverse_lengths[key] = inverse_length(squares);
@@ -103,15 +86,7 @@ using Logits = float[kKeyTile / 8][4];
 template <Format format, int width>
 DEVICE void multiply_queries_and_keys(Logits& logits, const uint32_t (&queries)[width / 16][4], Tile<width> keys) {
 #pragma unroll
-  for (int step = 0; step < width / 16; ++step) {
-#pragma unroll
-    for (int sixteen = 0; sixteen < kKeyTile / 16; ++sixteen) {
-      uint32_t right[4];
-      load_right_from_rows(right, keys, 16 * sixteen, step);
-      mma_16x8x16<format>(logits[2 * sixteen], queries[step], right[0], right[1]);
-      mma_16x8x16<format>(logits[2 * sixteen + 1], queries[step], right[2], right[3]);
-    }
-  }
+  for (int step = 0; step < width / 16; ++step) multiply_by_rows<format>(logits, queries[step], keys, step);
 }
 
 template <bool cosine>
@@ -177,29 +152,8 @@ struct RunningSoftmax {
   }
 };
 
-// The layout of sums and that of left factors agree: weights go from one product into the next without leaving the
-// lane.
-template <Format format, int width>
-DEVICE void multiply_weights_and_values(float (&output)[width / 8][4], const Logits& weights, Tile<width> values) {
-#pragma unroll
-  for (int sixteen = 0; sixteen < kKeyTile / 16; ++sixteen) {
-    const float(&left)[4] = weights[2 * sixteen], (&right)[4] = weights[2 * sixteen + 1];
-    const uint32_t packed[4] = {pack<format>(left[0], left[1]), pack<format>(left[2], left[3]),
-                                pack<format>(right[0], right[1]), pack<format>(right[2], right[3])};
-#pragma unroll
-    for (int step = 0; step < width / 16; ++step) {
-      uint32_t columns[4];
-      load_right_from_columns(columns, values, 16 * sixteen, step);
-      mma_16x8x16<format>(output[2 * step], packed, columns[0], columns[1]);
-      mma_16x8x16<format>(output[2 * step + 1], packed, columns[2], columns[3]);
-    }
-  }
-}
-
 // ---- The result ----
 
-// Writes a lane's two rows. The four lanes of a quad write 16 bytes side by side; that is half a sector, but happens
-// once per query, where keys and values are read once per 64.
 template <Format format, int width>
 DEVICE void store(const AttentionForward& call, const RunningSoftmax<width>& softmax, int batch, int head,
                   int warp_row) {
@@ -210,12 +164,7 @@ DEVICE void store(const AttentionForward& call, const RunningSoftmax<width>& sof
     const int query = warp_row + row_of(half);
     const float total = quad_sum(softmax.total[half]), inverse = 1.0f / total;
     if (query < call.query_count) {
-#pragma unroll
-      for (int eight = 0; eight < width / 8; ++eight) {
-        const float(&numbers)[4] = softmax.output[eight];
-        uint16_t* to = output + query * call.output.token_stride + 8 * eight + column_of(0);
-        *reinterpret_cast<uint32_t*>(to) = pack<format>(numbers[2 * half] * inverse, numbers[2 * half + 1] * inverse);
-      }
+      store_row<format>(output + query * call.output.token_stride, softmax.output, half, inverse);
       if (lane() % 4 == 0) log_sum_exp[query] = (softmax.largest[half] + log2_approx(total)) * kLn2;
     }
   }
@@ -250,7 +199,9 @@ __global__ void __launch_bounds__(kThreads, AttentionForwardShared<width>::block
   for (int half = 0; half < 2; ++half) {  // rows beyond the last query go through the motions, and are not stored
     limits[half] = call.limits[min(warp_row + row_of(half), call.query_count - 1)];
   }
-  const int all_see = call.limits[first_query], some_see = call.limits[end_query - 1];  // limits never decrease
+  // Limits never decrease. Should they be wrong, there is still a first tile, and none beyond the keys.
+  const int all_see = call.limits[first_query];
+  const int some_see = max(1, min(call.limits[end_query - 1], call.key_count));
   const int tiles = (some_see + kKeyTile - 1) / kKeyTile;
 
   cp_async_wait<1>();  // the queries are here; keys and values may be on their way
@@ -281,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, AttentionForwardShared<width>::block
     scale_logits<cosine>(logits, row_scales, shared.inverse_lengths());
     if ((tile + 1) * kKeyTile > all_see) hide_keys(logits, limits, tile * kKeyTile);
     softmax.take(logits);
-    multiply_weights_and_values<format>(softmax.output, logits, shared.values(stage));
+    multiply_by_columns<format>(softmax.output, logits, shared.values(stage));
   }
   store<format>(call, softmax, batch, head, warp_row);
 }

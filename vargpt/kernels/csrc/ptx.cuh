@@ -1,8 +1,8 @@
 // The hardware instructions that the kernels use, one thin function each.
 //
-// This is the only file with two bodies. nvcc takes the first: inline PTX that every GPU from sm_80 on executes. g++
-// takes the second: the same instruction on a CPU, for the tests (tests/cuda_on_cpu/README.md). All other files are one
-// text for both.
+// This file has two bodies. nvcc takes the first: inline PTX that every GPU from sm_80 on executes. g++ takes the second:
+// the same instruction on a CPU, for the tests (tests/cuda_on_cpu/README.md). So have launch.cuh and binding.cuh, on the
+// host; kernels are one text for both.
 //
 // Shapes and layouts: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix". Every function that speaks of a
 // warp must be called by all of its 32 lanes together.
