@@ -14,8 +14,6 @@ import torch
 
 from tests.cuda_on_cpu.harness import NVCC, ops_unavailable
 
-setuptools = pytest.importorskip("setuptools", minversion="77", reason="pip brings setuptools 77 when it installs")
-
 ROOT = Path(__file__).resolve().parents[1]
 NO_NVCC = {"CUDA_HOME": "/no/such/directory"}
 WITHOUT = "vargpt is installed without its CUDA kernels, and uses torch's attention: "
