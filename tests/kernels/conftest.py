@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels.emulated import emulated_kernels, gpu, no_emulation
+from tests.kernels.emulated import DEVICES, emulated_kernels
 from vargpt.kernels import cuda
 
 
@@ -14,7 +14,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "kernels", emulated_kernels())
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=no_emulation), pytest.param("cuda", marks=gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """Where the backend ``cuda`` computes."""
     if request.param == "cpu":

@@ -16,9 +16,8 @@ from vargpt.kernels import cuda
 SIDES = (1, 2, 3, 5)
 DTYPES = [torch.bfloat16, torch.float16]
 no_emulation = pytest.mark.skipif(ops_unavailable() is not None, reason=f"no emulated kernels: {ops_unavailable()}")
-gpu = pytest.mark.skipif(
-    cuda.kernels.missing is not None or not torch.cuda.is_available(), reason="no CUDA kernels were built, or no GPU"
-)
+ON_GPU = cuda.kernels.missing is None and torch.cuda.is_available()
+DEVICES = [pytest.param("cpu", marks=no_emulation), *(["cuda"] if ON_GPU else [])]
 
 
 @lru_cache(maxsize=1)

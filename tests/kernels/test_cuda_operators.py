@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.cuda_on_cpu.problems import Problem, with_all_sides
-from tests.kernels.emulated import DTYPES, error, gpu, no_emulation, shifted, small, two_units
+from tests.kernels.emulated import DTYPES, ON_GPU, error, no_emulation, shifted, small, two_units
 from tests.models import numbers
 from vargpt.kernels import KVCache, attention
 
@@ -157,7 +157,7 @@ def test_bad_input_is_named(what: str) -> None:
         forward(given)
 
 
-@gpu
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA kernels were built, or no GPU")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
