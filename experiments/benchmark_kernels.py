@@ -35,7 +35,7 @@ class Counted:
     shape: str
     flops: int
     exact_flops: int
-    """Of the same products, for pairs of a query and a key that it sees."""
+    """Of the same products, but only for pairs of a query and a key that it sees."""
     read: int
     must_read: int
     """Bytes, if everything is read once. More is what several blocks read: the cache of level 2 may serve that."""
@@ -70,20 +70,19 @@ def counted(
 
 
 def together(
-    parts: Sequence[Counted], name: str, exact_flops: int, reads: Iterable[Tensor], writes: Iterable[Tensor]
+    kernel: str, parts: Sequence[Counted], exact_flops: int, launches: Iterable[tuple[list[Tensor], list[Tensor]]]
 ) -> Counted:
-    """Launches that follow one another: what one leaves for the next is nothing that they all must read or write."""
+    """Launches that follow one another, and what each of them must read and write. All together need neither write nor
+    read what one leaves for the next."""
+    read, written = ({id(x): x for tensors in side for x in tensors} for side in zip(*launches, strict=True))
+    sums = ("flops", "read", "written", "ldmatrix", "bank_conflicts")
     return Counted(
-        kernel=name,
+        kernel=kernel,
         shape=parts[0].shape,
-        flops=sum(part.flops for part in parts),
         exact_flops=exact_flops,
-        read=sum(part.read for part in parts),
-        must_read=bytes_of(reads),
-        written=sum(part.written for part in parts),
-        must_write=bytes_of(writes),
-        ldmatrix=sum(part.ldmatrix for part in parts),
-        bank_conflicts=sum(part.bank_conflicts for part in parts),
+        must_read=bytes_of(x for key, x in read.items() if key not in written),
+        must_write=bytes_of(x for key, x in written.items() if key not in read),
+        **{name: sum(getattr(part, name) for part in parts) for name in sums},
     )
 
 
@@ -119,11 +118,7 @@ def count_backward(patch_nums: Sequence[int]) -> list[Counted]:
         counted(f"attention_backward_{name}", shape, run, products.get(name, 0) * product, *launch.kernels[name])
         for name, run in runs.items()
     ]
-    assert case.cosine is not None
-    limits = torch.tensor(case.limits, dtype=torch.int32)
-    reads = [*(x for x in vars(learning).values() if isinstance(x, Tensor)), limits, case.cosine.float()]
-    reads += [case.q_BHLK, case.k_BGNK, case.v_BGNK]
-    return [*parts, together(parts, "attention_backward, all", 5 * product, reads, launch.gradients.values())]
+    return [*parts, together("attention_backward, all", parts, 5 * product, launch.kernels.values())]
 
 
 def count_next_scale(patch_nums: Sequence[int]) -> list[Counted]:
@@ -163,17 +158,15 @@ def count_decode(key_heads: int) -> list[Counted]:
     assert result.attend is not None
     caches = launch.keys, launch.values
     old, new = [x[:, :, :PAST] for x in caches], [x[:, :, PAST:] for x in caches]
-    written = [launch.output, *new]
-    # What is read besides caches: the first kernel reads the query and its angles, the second one the new token too.
-    query_and_angles = [x for x in launch.attend_reads if x is not launch.keys and x is not launch.values]
-    token = launch.combine_reads[: -len(launch.workspace)]
+    others = [x for x in launch.attend_reads if not any(x is cache for cache in caches)]
+    attend, combine = ([*others, *old], launch.workspace), (launch.combine_reads, [launch.output, *new])
     flops = 4 * LLM_WIDTH * LLM_HEADS * PAST
     shape = f"after {PAST} tokens, {LLM_HEADS} heads, {key_heads} key heads"
     parts = [
-        counted("decode_attend", shape, result.attend, flops, [*query_and_angles, *old], launch.workspace),
-        counted("decode_combine", shape, result.combine, 0, launch.combine_reads, written),
+        counted("decode_attend", shape, result.attend, flops, *attend),
+        counted("decode_combine", shape, result.combine, 0, *combine),
     ]
-    return [*parts, together(parts, "decode, both", flops, [*token, *old], written)]
+    return [*parts, together("decode, both", parts, flops, [attend, combine])]
 
 
 # ---- Tables ----
@@ -187,7 +180,7 @@ def compiled_table(kernels: Sequence[Placed]) -> str:
         "| blocks | budget | warps | occupancy |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for _, group in groupby(kernels, key=lambda k: k.name.removesuffix(k.compiled.arch)):
+    for _, group in groupby(kernels, key=lambda k: k.compiled.name):
         same = list(group)
         first, compiled = same[0], same[0].compiled
         arguments = [compiled.format, compiled.width, {None: None, True: "yes", False: "no"}[compiled.cosine]]
@@ -201,28 +194,27 @@ def compiled_table(kernels: Sequence[Placed]) -> str:
             [k.blocks for k in same],
             [first.budget],
             [k.warps for k in same],
-            [f"{100 * k.occupancy:.0f} %" for k in same],
+            [f"{100 * k.occupancy:.1f} %" for k in same],
         ]
         lines.append("| " + " | ".join(" / ".join(map(str, c if len(set(c)) > 1 else c[:1])) for c in cells) + " |")
     return "\n".join(lines)
 
 
 def counted_table(rows: Sequence[Counted]) -> str:
-    """As markdown."""
-
-    def to(number: int, floor: int) -> str:
-        return f"{number / floor:.2f}" if floor else "-"
-
+    """As markdown, with ratios to what it would take at least."""
     lines = [
-        "| kernel | shape | MFLOP | to exact | ldmatrix | bank conflicts | read, MB | to least | written, MB | to least |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | shape | MFLOP | to exact | ldmatrix | bank conflicts | read, MB | written, MB | to least |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r.kernel} | {r.shape} | {r.flops / 1e6:.1f} | {to(r.flops, r.exact_flops)} | {r.ldmatrix} "
-        f"| {r.bank_conflicts} | {r.read / 1e6:.3f} | {to(r.read, r.must_read)} "
-        f"| {r.written / 1e6:.3f} | {to(r.written, r.must_write)} |"
-        for r in rows
-    ]
+    for row in rows:
+        flops = "- | -"
+        if row.exact_flops:
+            flops = f"{row.flops / 1e6:.1f} | {row.flops / row.exact_flops:.2f}"
+        moved = (row.read + row.written) / (row.must_read + row.must_write)
+        lines.append(
+            f"| {row.kernel} | {row.shape} | {flops} | {row.ldmatrix} | {row.bank_conflicts} "
+            f"| {row.read / 1e6:.3f} | {row.written / 1e6:.3f} | {moved:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -232,21 +224,18 @@ def counted_table(rows: Sequence[Counted]) -> str:
 def why_not() -> str | None:
     """What is missing here; None where nothing is."""
     try:
-        from tests.cuda_on_cpu import compiled, harness
+        from tests.cuda_on_cpu.compiled import cannot_compile
     except ImportError as error:
         return (
             f"the emulator in tests/cuda_on_cpu cannot be imported ({error}): "
             "run this from the root of a clone, with the extra 'test' installed"
         )
-    if (reason := harness.unavailable()) is not None:
-        return f"kernels cannot be run on this CPU: {reason}"
-    if harness.NVCC is None:
-        return "there is no nvcc, on the path or in /usr/local/cuda/bin"
-    return None if compiled.known_architectures() else "this nvcc knows none of the architectures"
+    return cannot_compile()
 
 
 def benchmark_kernels(patch_nums: Sequence[int], sources: Sequence[str]) -> bool:
-    """Print what is found of these sources; returns whether all kernels keep to their budgets, and none spills."""
+    """Print what is found of these sources; returns whether no kernel spills and all keep to their budgets, on the
+    architectures that an installation builds for."""
     if (reason := why_not()) is not None:
         raise ValueError(reason)
     from tests.cuda_on_cpu.compiled import BUILT, compile_kernels, known_architectures
@@ -268,25 +257,16 @@ def benchmark_kernels(patch_nums: Sequence[int], sources: Sequence[str]) -> bool
                 rows += run()
                 bar.update()
 
-    print("Compiled; blocks and warps are those that a multiprocessor runs at the same time:\n")
+    print("What nvcc makes of the kernels. Blocks and warps: what one multiprocessor runs at the same time, and must.")
     print(compiled_table(kernels))
-    print("\nCounted in bfloat16, whole launches, batch 1, cosine attention but for decode:\n")
-    print(counted_table(rows))
-    print()
-    kept = True
-    for kernel in kernels:
-        built = kernel.compiled.arch in BUILT
-        for fault in kernel.faults:
-            print(f"over budget: {fault}" if built else f"remark, nothing is built for this architecture: {fault}")
-            kept = kept and not built
     print(
-        json.dumps(
-            {
-                "compiled": [
-                    {**asdict(k), "warps": k.warps, "occupancy": k.occupancy, "faults": k.faults} for k in kernels
-                ],
-                "counted": [asdict(row) for row in rows],
-            }
-        )
+        "Whole launches in bfloat16, a batch of 1. Exact: products of visible pairs, each once. "
+        "Read: by all blocks, from memory or the cache of level 2. Least: every input and output once."
     )
-    return kept
+    print(counted_table(rows))
+    faults = [(kernel.compiled.arch in BUILT, fault) for kernel in kernels for fault in kernel.faults]
+    for built, fault in faults:
+        print(f"fault: {fault}" if built else f"remark, as nothing is built for this architecture: {fault}")
+    compiled = [{**asdict(k), "warps": k.warps, "occupancy": k.occupancy, "faults": k.faults} for k in kernels]
+    print(json.dumps({"compiled": compiled, "counted": [asdict(row) for row in rows]}))
+    return not any(built for built, _ in faults)

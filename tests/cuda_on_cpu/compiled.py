@@ -14,7 +14,7 @@ from tests.cuda_on_cpu.backward import AttentionBackward
 from tests.cuda_on_cpu.calls import Shape
 from tests.cuda_on_cpu.decode import Decode
 from tests.cuda_on_cpu.forward import AttentionForward
-from tests.cuda_on_cpu.harness import CSRC, NVCC, build
+from tests.cuda_on_cpu.harness import CSRC, NVCC, build, unavailable
 from tests.cuda_on_cpu.next_scale import NextScale
 
 BUDGETS: dict[str, dict[str, dict[int | None, int]]] = {
@@ -81,6 +81,11 @@ class Compiled:
     shared_bytes: int
     """Known to the compiler; what a launch asks for comes on top."""
 
+    @property
+    def name(self) -> str:
+        cosine = {None: None, True: "cosine", False: "no cosine"}[self.cosine]
+        return ", ".join(str(part) for part in (self.kernel, self.format, self.width, cosine) if part is not None)
+
 
 def parse_ptxas(text: str) -> list[Compiled]:
     """What ``ptxas -v`` says of each kernel."""
@@ -146,23 +151,22 @@ class Placed:
         return self.warps / MULTIPROCESSORS[self.compiled.arch].warps
 
     @property
-    def name(self) -> str:
-        c = self.compiled
-        cosine = {None: None, True: "cosine", False: "no cosine"}[c.cosine]
-        return ", ".join(str(part) for part in (c.kernel, c.format, c.width, cosine, c.arch) if part is not None)
-
-    @property
     def faults(self) -> list[str]:
         """What it does, and must not do."""
         c, found = self.compiled, []
         if c.spilled_bytes or c.stack_bytes:
-            found.append(f"{self.name}: spills {c.spilled_bytes} bytes, has a stack of {c.stack_bytes}")
+            found.append(f"spills {c.spilled_bytes} bytes, and has a stack of {c.stack_bytes}")
         if self.blocks < self.budget:
-            found.append(
-                f"{self.name}: a multiprocessor runs {self.blocks} of its blocks, not {self.budget}: "
-                f"each has {self.threads} threads of {c.registers} registers, and {self.shared_bytes} bytes of shared memory"
-            )
-        return found
+            each = f"{self.threads} threads of {c.registers} registers, {self.shared_bytes} bytes of shared memory"
+            found.append(f"a multiprocessor runs {self.blocks} of its blocks, not {self.budget}: each takes {each}")
+        return [f"{c.name}, {c.arch}: {fault}" for fault in found]
+
+
+def cannot_compile() -> str | None:
+    """Why nothing can be said of kernels here; None where it can."""
+    if (reason := unavailable()) is not None:
+        return f"kernels cannot be run on this CPU: {reason}"
+    return None if NVCC else "there is no nvcc, on the path or in /usr/local/cuda/bin"
 
 
 def known_architectures() -> list[str]:
