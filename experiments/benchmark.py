@@ -1,6 +1,7 @@
 """Speed and memory, against limits of the machine measured in the same run: ``python -m experiments.benchmark WHAT``.
 
-Prints a table, and one line of JSON. Times are medians; the machine is shared with whatever else runs on it.
+Prints a table, and one line of JSON. Times are medians; the machine is shared with whatever else runs on it. Of CUDA
+kernels, where there is no GPU, what can be counted: experiments/benchmark_kernels.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.benchmark_kernels import SOURCES, benchmark_kernels
 from experiments.run import exit_code
 from vargpt.kernels import BACKENDS, attention
 from vargpt.scales import Limits, ScaleSchedule
@@ -238,23 +240,31 @@ def benchmark_attention(sides: Sequence[int], device: torch.device, dtype: torch
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    kernels = commands.add_parser("attention", help="every backend of vargpt.kernels.attention")
-    kernels.add_argument(
+    backends = commands.add_parser("attention", help="every backend of vargpt.kernels.attention")
+    backends.add_argument(
         "--sides", type=int, nargs="+", default=[256, 512], choices=SCHEDULES, help="of pictures, pixels"
     )
-    for command in (kernels,):
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-        command.add_argument("--repeats", type=int, default=7, help="runs that a median is taken of (7)")
+    backends.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    backends.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    backends.add_argument("--repeats", type=int, default=7, help="runs that a median is taken of (7)")
+    kernels = commands.add_parser(
+        "kernels", help="the CUDA kernels, without a GPU: registers, occupancy, counted work; exits with 1 over budget"
+    )
+    kernels.add_argument("--only", nargs="+", default=SOURCES, choices=SOURCES, help="some of them")
     options = parser.parse_args(arguments)
+    kept = True
 
     def run() -> None:
+        nonlocal kept
+        if options.what == "kernels":
+            kept = benchmark_kernels(SCHEDULES[256], options.only)
+            return
         if options.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, not {options.repeats}")
         device, dtype = torch.device(options.device), getattr(torch, options.dtype)
         benchmark_attention(options.sides, device, dtype, options.repeats)
 
-    return exit_code(run)
+    return exit_code(run) or int(not kept)
 
 
 if __name__ == "__main__":

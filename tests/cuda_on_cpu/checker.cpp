@@ -36,7 +36,8 @@ struct Cell {
 
 struct Tensor {
   uintptr_t begin, end;
-  std::vector<Cell> cells;  // none: the kernel may only read it
+  std::vector<Cell> cells;   // none: the kernel may only read it
+  std::vector<int> loaded;  // of every two bytes: the block that loaded them last
   bool writable() const { return !cells.empty(); }
 };
 
@@ -148,24 +149,24 @@ bool inside(uintptr_t address, size_t bytes, uintptr_t begin, uintptr_t end) {
   return begin <= address && address + bytes <= end;
 }
 
-void check_access(Thread& thread, const void* pointer, size_t bytes, bool writes, const void* site) {
+Tensor* check_access(Thread& thread, const void* pointer, size_t bytes, bool writes, const void* site) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   const uintptr_t stack = reinterpret_cast<uintptr_t>(thread.stack);
   const uintptr_t shared = reinterpret_cast<uintptr_t>(machine.shared);
-  if (inside(address, bytes, stack, stack + kStackBytes)) return;  // registers and local arrays
+  if (inside(address, bytes, stack, stack + kStackBytes)) return nullptr;  // registers and local arrays
   Thread* const running = machine.current;
   machine.current = &thread;  // whom reports are about: a warp's instruction is executed by its last lane
   if (inside(address, bytes, shared, shared + machine.shared_bytes)) {
     check_cells(shared_cells, address - shared, bytes, thread, writes, true, site);
     machine.current = running;
-    return;
+    return nullptr;
   }
   for (Tensor& tensor : tensors) {
     if (!inside(address, bytes, tensor.begin, tensor.end)) continue;
     if (writes && !tensor.writable()) break;
     if (tensor.writable()) check_cells(tensor.cells, address - tensor.begin, bytes, thread, writes, false, site);
     machine.current = running;
-    return;
+    return &tensor;
   }
   report(writes ? "writes outside of all that it may write" : "reads outside of all tensors", site);
   machine.current = running;
@@ -202,8 +203,22 @@ int finish_checking() {
   return static_cast<int>(reports.size());
 }
 
+void count_access(Tensor& tensor, size_t offset, size_t bytes, bool writes) {
+  if (writes) {
+    counters.stored_bytes += bytes;
+    return;
+  }
+  for (size_t i = offset / kCellBytes; i <= (offset + bytes - 1) / kCellBytes; ++i) {
+    if (tensor.loaded[i] == machine.block_number) continue;
+    tensor.loaded[i] = machine.block_number;
+    counters.loaded_bytes += kCellBytes;
+  }
+}
+
 void check_hook(const void* address, size_t bytes, bool writes, const void* site) {
-  if (machine.current) check_access(*machine.current, address, bytes, writes, site);
+  if (!machine.current) return;
+  Tensor* tensor = check_access(*machine.current, address, bytes, writes, site);
+  if (tensor) count_access(*tensor, reinterpret_cast<uintptr_t>(address) - tensor->begin, bytes, writes);
 }
 
 }  // namespace cuda_on_cpu
@@ -215,8 +230,9 @@ extern "C" {
 // Memory that the next launch may read, and may write if `writable`.
 void cuda_on_cpu_tensor(const void* data, size_t bytes, int writable) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  cuda_on_cpu::Tensor tensor{begin, begin + bytes, {}};
-  if (writable) tensor.cells.resize(bytes / cuda_on_cpu::kCellBytes + 1);
+  const size_t cells = bytes / cuda_on_cpu::kCellBytes + 1;
+  cuda_on_cpu::Tensor tensor{begin, begin + bytes, {}, std::vector<int>(cells, -1)};
+  if (writable) tensor.cells.resize(cells);
   cuda_on_cpu::tensors.push_back(std::move(tensor));
 }
 

@@ -36,12 +36,20 @@ ONE_CALL_ONE_ADDRESS = ["-fno-thread-jumps", "-fno-crossjumping"]
 class Counters(ctypes.Structure):
     """What one launch took."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("switches", "mma", "ldmatrix", "bank_conflicts", "copied_bytes")]
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("switches", "mma", "ldmatrix", "bank_conflicts"),
+            *("copied_bytes", "loaded_bytes", "stored_bytes"),
+        )
+    ]
     switches: int
     mma: int
     ldmatrix: int
     bank_conflicts: int
     copied_bytes: int
+    loaded_bytes: int
+    stored_bytes: int
 
 
 @dataclass(frozen=True)

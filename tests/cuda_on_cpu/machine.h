@@ -71,6 +71,8 @@ extern Machine machine;
 // What happened in the last launch; for tests of efficiency.
 struct Counters {
   int64_t switches, mma, ldmatrix, bank_conflicts, copied_bytes;
+  // Of tensors, by plain loads and stores. What several threads of a block load counts once: its cache serves the rest.
+  int64_t loaded_bytes, stored_bytes;
 };
 extern Counters counters;
 
@@ -88,8 +90,10 @@ int finish_checking();  // the number of reports
 // A report on the current thread; `site` is a return address in the kernel. The same report is made once a launch.
 void report(const std::string& what, const void* site);
 
-// Checks an access of `thread`, and stops the launch where it is outside of everything.
-void check_access(Thread& thread, const void* address, size_t bytes, bool writes, const void* site);
+// Checks an access of `thread`, and stops the launch where it is outside of everything. Returns the tensor that was
+// accessed; null: it was other memory.
+struct Tensor;
+Tensor* check_access(Thread& thread, const void* address, size_t bytes, bool writes, const void* site);
 
 // A cp.async from its issue to its wait_group: nobody may touch where it goes.
 void check_copy_issued(const Copy& copy, const void* site);

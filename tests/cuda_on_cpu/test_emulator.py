@@ -42,6 +42,13 @@ def test_what_is_within_the_rules_is_not_reported(toys: Library, seed: int) -> N
     assert torch.equal(y, torch.cat([expected, expected]))
 
 
+def test_what_is_loaded_stored_and_copied_is_counted(toys: Library) -> None:
+    _, _, run = play(toys, "barrier_orders", 1)
+    assert (run.counters.copied_bytes, run.counters.loaded_bytes, run.counters.stored_bytes) == (0, 512, 512)
+    _, _, run = play(toys, "copies_arrive", 1)  # 62 of 64 threads copy, in each of two blocks
+    assert (run.counters.copied_bytes, run.counters.loaded_bytes, run.counters.stored_bytes) == (2 * 62 * 16, 0, 512)
+
+
 BROKEN = {
     "no_barrier": "race in shared memory, reads after an unordered write",
     "syncwarp_across_warps": "race in shared memory, reads after an unordered write",
