@@ -234,11 +234,10 @@ def why_not() -> str | None:
 
 
 def benchmark_kernels(patch_nums: Sequence[int], sources: Sequence[str]) -> bool:
-    """Print what is found of these sources; returns whether no kernel spills and all keep to their budgets, on the
-    architectures that an installation builds for."""
+    """Print what is found of these sources; returns whether no kernel spills and all keep to their budgets."""
     if (reason := why_not()) is not None:
         raise ValueError(reason)
-    from tests.cuda_on_cpu.compiled import BUILT, compile_kernels, known_architectures
+    from tests.cuda_on_cpu.compiled import compile_kernels, known_architectures
 
     architectures = known_architectures()
     runs: dict[str, list[Callable[[], list[Counted]]]] = {
@@ -264,9 +263,9 @@ def benchmark_kernels(patch_nums: Sequence[int], sources: Sequence[str]) -> bool
         "Read: by all blocks, from memory or the cache of level 2. Least: every input and output once."
     )
     print(counted_table(rows))
-    faults = [(kernel.compiled.arch in BUILT, fault) for kernel in kernels for fault in kernel.faults]
-    for built, fault in faults:
-        print(f"fault: {fault}" if built else f"remark, as nothing is built for this architecture: {fault}")
+    faults = [fault for kernel in kernels for fault in kernel.faults]
+    for fault in faults:
+        print(f"fault: {fault}")
     compiled = [{**asdict(k), "warps": k.warps, "occupancy": k.occupancy, "faults": k.faults} for k in kernels]
     print(json.dumps({"compiled": compiled, "counted": [asdict(row) for row in rows]}))
-    return not any(built for built, _ in faults)
+    return not faults

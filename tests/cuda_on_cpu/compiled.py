@@ -31,9 +31,6 @@ BUDGETS: dict[str, dict[str, dict[int | None, int]]] = {
 }
 """The kernels of each source, and how many blocks of a width are to run on a multiprocessor at the same time."""
 
-BUILT = ("sm_80", "sm_90")
-"""What an installation compiles for (setup.py). On others, a driver compiles PTX again, in a way of its own."""
-
 
 def rounded_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
@@ -63,6 +60,7 @@ MULTIPROCESSORS = {
     "sm_90": Multiprocessor(shared_bytes=228 * 1024),
     "sm_100": Multiprocessor(shared_bytes=228 * 1024),
 }
+"""What an installation compiles for (setup.py), and one for which drivers compile its PTX."""
 
 
 @dataclass(frozen=True, kw_only=True)

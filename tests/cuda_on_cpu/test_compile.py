@@ -12,7 +12,6 @@ import pytest
 
 from tests.cuda_on_cpu.compiled import (
     BUDGETS,
-    BUILT,
     MULTIPROCESSORS,
     Compiled,
     Placed,
@@ -37,7 +36,7 @@ def test_kernels_spill_nothing_and_keep_to_their_budgets(source: str) -> None:
     found = {(kernel.compiled.name, kernel.compiled.arch) for kernel in kernels}
     assert len(found) == len(kernels) == COUNTS[source] * len(architectures)
     assert {kernel.compiled.kernel for kernel in kernels} == set(BUDGETS[source])
-    assert [fault for kernel in kernels if kernel.compiled.arch in BUILT for fault in kernel.faults] == []
+    assert [fault for kernel in kernels for fault in kernel.faults] == []
 
 
 def test_there_is_a_budget_for_every_source_and_it_holds_where_kernels_are_built_for() -> None:
@@ -45,7 +44,7 @@ def test_there_is_a_budget_for_every_source_and_it_holds_where_kernels_are_built
         path.name for path in CSRC.glob("*.cu") if not path.stem.endswith("_op")
     }
     (built,) = re.findall(r'^ARCHITECTURES = "(.*)"', (ROOT / "setup.py").read_text(), re.MULTILINE)
-    assert tuple(f"sm_{arch.replace('.', '').removesuffix('+PTX')}" for arch in built.split(";")) == BUILT
+    assert {f"sm_{arch.replace('.', '').removesuffix('+PTX')}" for arch in built.split(";")} < set(MULTIPROCESSORS)
 
 
 SAID = """\

@@ -279,8 +279,6 @@ __global__ void __launch_bounds__(kThreads, AttentionBackwardShared<width>::bloc
   __syncthreads();     // that of the other threads, too: all the keys
   for (int step = 0; step < steps; ++step) {
     const int stage = step % 2;
-    if (step + 1 < steps) load_queries(step + 1);
-    cp_async_commit();
     const Tile<width> queries = shared.walked(0, stage), d_output = shared.walked(1, stage);
     const QueryNumbers* numbers = shared.query_numbers(stage);
     const float head_scale = cosine ? call.head_scales[head_of(step)] : call.scale;
@@ -301,6 +299,10 @@ __global__ void __launch_bounds__(kThreads, AttentionBackwardShared<width>::bloc
       const int warp_key = first_key + 16 * warp();
       hide(weights, [&](int half, int column) { return warp_key + row_of(half) < numbers[column].limit; });
     }
+    // Not as the first thing of a step: on sm_100 some registers would spill. Three of the step's four products are
+    // left to compute while the copies are on their way.
+    if (step + 1 < steps) load_queries(step + 1);
+    cp_async_commit();
     multiply_by_columns<format>(d_values, weights, d_output);
 
     float d_logits[walked_rows / 8][4] = {};
