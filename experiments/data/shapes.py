@@ -306,15 +306,6 @@ def plan(objects: Iterable[Object], world: World) -> str:
     return ", ".join(f"{_place(o)} {o.name(attributes)}" for o in objects)
 
 
-def partial_plan(objects: Iterable[Object], world: World, rng: Random) -> str:
-    """A plan in which every word about an object may be missing, as often as not."""
-    attributes = world.sayable(NAMES)[-1]
-    return ", ".join(
-        " ".join([_place(o), *(getattr(o, attribute) for attribute in attributes if rng.random() < 1 / 2)])
-        for o in objects
-    )
-
-
 def _place(o: Object) -> str:
     return f"{100 * o.x:.0f} {100 * o.y:.0f}"
 

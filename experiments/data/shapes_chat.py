@@ -18,7 +18,6 @@ from experiments.data.shapes import (
     caption,
     comparisons,
     in_order,
-    partial_plan,
     place_questions,
     plan,
     questions,
@@ -33,9 +32,6 @@ SCENES = 4
 """Of one conversation without pictures."""
 STEPS = 3
 """Most questions about relations, and as many about steps to them, where a scene is asked about places."""
-PARTIAL = 1 / 4
-"""Share of the drawings whose plan lacks words. Where a colour and a shape never came together, the visual decoder has
-to go by each of them alone, and at later scales by those before; from whole plans it need not learn to."""
 QUESTIONS = 8
 """Most short questions about one scene: seeing it is what costs, and their answers are a word or two of signal."""
 
@@ -62,13 +58,9 @@ class ShapeChats:
 
     def _drawing(self, split: Split, seed: int, index: int) -> Example:
         scene = self._scene(split, "drawing", seed, index)
-        rng = Random(f"request {split} {seed} {index}")
-        asked = request(scene, self.world, rng)
-        words, told = asked.text, plan(asked.objects, self.world)
-        if self._plan and split == "train" and rng.random() < PARTIAL:
-            words, told = "", partial_plan(asked.objects, self.world, rng)
-        reply = told + IMAGE_GEN if self._plan else IMAGE_GEN
-        return Example(messages=_turn(words, reply), drawings=[as_tensor([scene], self._size)[0]])
+        asked = request(scene, self.world, Random(f"request {split} {seed} {index}"))
+        reply = plan(asked.objects, self.world) + IMAGE_GEN if self._plan else IMAGE_GEN
+        return Example(messages=_turn(asked.text, reply), drawings=[as_tensor([scene], self._size)[0]])
 
     def _question(self, split: Split, seed: int, index: int) -> Example:
         """Several questions about one picture: it is seen once for all of them (as in LLaVA's conversations)."""
