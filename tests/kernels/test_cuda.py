@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,30 @@ def test_inputs_that_kernels_cannot_read_are_copied(device: str) -> None:
     wide = torch.cat((case.v_BGNK, case.v_BGNK[..., :4]), -1)[..., :64]
     moved = Problem(apart, shifted(case.k_BGNK), wide, case.limits, case.cosine)
     assert torch.equal(call(moved, device, "cuda"), expected)
+
+
+def test_so_are_angles(device: str) -> None:
+    x = numbers(1, 2, 5, 64).bfloat16().to(device)
+    angles = numbers(1, 1, 1, 64, seed=1).to(device)
+
+    def decoded(cosines: Tensor, sines: Tensor) -> Tensor:
+        cache = KVCache(1, 1, 2, 5, 64, device=x.device, dtype=x.dtype)
+        cache.append(0, x[:, :, :4], x[:, :, :4])
+        cache.advance(4)
+        return attention(*[x[:, :, 4:]] * 3, rotary=(cosines, sines), cache=cache, backend="cuda")
+
+    cosines, sines = angles.cos(), angles.sin()
+    assert torch.equal(decoded(shifted(cosines), shifted(sines)), decoded(cosines, sines))
+
+
+def test_memory_of_others_may_begin_anywhere(device: str) -> None:
+    """torch knows no offset of it."""
+    case = small()
+    bytes_of_keys = case.k_BGNK.contiguous().view(torch.uint8).flatten().tolist()
+    keys = torch.frombuffer(bytearray([0, 0, *bytes_of_keys]), dtype=torch.bfloat16, offset=2).view_as(case.k_BGNK)
+    assert (keys.storage_offset(), keys.data_ptr() % 16) == (0, 2)
+    output = call(replace(case, k_BGNK=keys), device, "cuda")
+    assert torch.equal(output, call(case, device, "cuda"))
 
 
 def test_angles_and_a_cache_give_what_the_reference_gives(device: str) -> None:

@@ -368,6 +368,12 @@ BAD_STEPS: dict[str, tuple[str, dict[str, Callable[[Any], Any]], str]] = {
         {"sines": lambda x: torch.cat((x, x))[:3]},
         r"sines has shape \[3, 64\], and must have \[2, 64\]",
     ),
+    "cosines off the grid": (
+        "a token",
+        {"cosines": shifted},
+        "cosines begins 4 bytes off a multiple of 8: call .clone",
+    ),
+    "sines off the grid": ("a token", {"sines": shifted}, "sines begins 4 bytes off a multiple of 8: call .clone"),
     "many heads that share one": (
         "a token",
         {"queries": lambda x: x.repeat(1, 6, 1, 1)},

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from vargpt.kernels.call import Call
 
@@ -162,8 +163,9 @@ def laid_out(x: Tensor) -> Tensor:
     """The tensor as kernels read it, in chunks of 16 bytes: itself, or a copy where it does not lie in memory so."""
     chunk = 16 // x.element_size()
     rows = x.stride(-1) == 1 and all(stride % chunk == 0 for stride in x.stride()[:-1])
-    # torch.compile does not tell where a tensor begins; the operator looks again, and says what is wrong.
-    begins = torch.compiler.is_compiling() or x.storage_offset() % chunk == 0
+    # What torch traces with (types of their own) lies nowhere yet; the operator looks again, and says what is wrong.
+    traced = torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter)
+    begins = traced or x.data_ptr() % 16 == 0
     return x if rows and begins else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -227,7 +229,7 @@ def _decode(call: Call) -> Tensor:
     assert call.rotary is not None
     q, k, v = (laid_out(x) for x in (call.q_BHLK, call.k_BGMK, call.v_BGMK))
     room = call.cache.with_room(call.layer, 1)
-    angles = (x.flatten(0, 2).float().contiguous() for x in call.rotary)
+    angles = (laid_out(x.flatten(0, 2).float().contiguous()) for x in call.rotary)
     mask = None if call.key_mask is None else call.key_mask.contiguous()
     return torch.ops.vargpt.decode(q, k, v, *room, call.cache.length, *angles, mask, call.scale)
 

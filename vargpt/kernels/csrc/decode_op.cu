@@ -25,6 +25,8 @@ Tensor decode_op(Tensor queries, Tensor new_keys, Tensor new_values, Tensor cach
   const int64_t angles = cosines.dim() > 0 && cosines.size(0) == 1 ? 1 : batch;
   check.floats("cosines", cosines, {angles, width}, "queries", queries);
   check.floats("sines", sines, {angles, width}, "queries", queries);
+  check.aligned("cosines", cosines, sizeof(float2));  // kernels read them in pairs
+  check.aligned("sines", sines, sizeof(float2));
   if (mask) {
     check.same_device("mask", *mask, "queries", queries);
     check.type("mask", *mask, ScalarType::Bool);
