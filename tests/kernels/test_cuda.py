@@ -134,6 +134,14 @@ def test_inputs_that_kernels_cannot_read_are_copied(device: str) -> None:
     assert torch.equal(call(moved, device, "cuda"), expected)
 
 
+@pytest.mark.parametrize("cosine", [torch.tensor([2.0]).expand(4), torch.linspace(1, 9, 8)[::2]])
+def test_so_are_temperatures(device: str, cosine: Tensor) -> None:
+    case = small()
+    assert not cosine.is_contiguous()
+    output, expected = (call(replace(case, cosine=x), device, "cuda") for x in (cosine, cosine.clone()))
+    assert torch.equal(output, expected)
+
+
 def test_so_are_angles(device: str) -> None:
     x = numbers(1, 2, 5, 64).bfloat16().to(device)
     angles = numbers(1, 1, 1, 64, seed=1).to(device)

@@ -235,7 +235,7 @@ def _decode(call: Call) -> Tensor:
 
 
 def head_scales(call: Call) -> Tensor | None:
-    return None if call.cosine is None else call.cosine.float()
+    return None if call.cosine is None else call.cosine.float().contiguous()
 
 
 def limits(call: Call) -> Tensor:
