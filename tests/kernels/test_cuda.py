@@ -54,7 +54,15 @@ def test_it_says_what_it_cannot_do_and_the_next_one_does_it() -> None:
             {"key_mask": torch.ones(2, 14, dtype=torch.bool)},
             rounded,
         ),
-        "1 to 65535 rows and heads, not 0 and 4": ({}, rounded[:0]),
+        "at least one row, head and query, not 0, 4 and 14": ({}, rounded[:0]),
+        "at most 65535 rows, and as many heads of queries and keys, not 65536 and 2": (
+            {},
+            rounded[:1, :1].expand(65536, 1, 14, 64),
+        ),
+        "at most 65535 rows, and as many heads of queries and keys, not 1 and 65536": (
+            {},
+            rounded[:1, :1].expand(1, 32768, 14, 64),
+        ),
         "run on cpu, not on meta": ({}, rounded.to("meta")),
     }
     for reason, (options, x) in refused.items():

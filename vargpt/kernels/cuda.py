@@ -21,7 +21,7 @@ LIBRARY = "vargpt.kernels._cuda"
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_BLOCKS = 65535
-"""Rows of a batch, or heads, of one launch."""
+"""Rows of a batch, or heads of queries and keys together, of one launch."""
 MOST_SHARE = 16
 """Query heads that share a key head, where one new token is computed."""
 CAPABILITY = 8
@@ -184,8 +184,13 @@ def refuses(call: Call) -> str | None:
         return f"its kernels take head widths of 64 and 128, not {q.shape[-1]}"
     if call.key_mask is not None and not decodes(call):
         return "its kernels take a key_mask only where one new token joins a cache"
-    if q.numel() == 0 or max(q.shape[0], q.shape[1] + k.shape[1]) > MOST_BLOCKS:
-        return f"its kernels take 1 to {MOST_BLOCKS} rows and heads, not {q.shape[0]} and {q.shape[1]}"
+    rows, heads, both = q.shape[0], q.shape[1], q.shape[1] + k.shape[1]
+    if q.numel() == 0:
+        return f"its kernels need at least one row, head and query, not {rows}, {heads} and {call.queries}"
+    if max(rows, both) > MOST_BLOCKS:
+        return (
+            f"its kernels take at most {MOST_BLOCKS} rows, and as many heads of queries and keys, not {rows} and {both}"
+        )
     return None
 
 
