@@ -205,6 +205,27 @@ def test_angles_and_a_cache_give_what_the_reference_gives(device: str) -> None:
         assert float((steps(backends, device, torch.bfloat16) - expected).abs().max()) <= 0.06
 
 
+@pytest.mark.parametrize("learned", ["the step before", "angles"])
+def test_a_step_of_constants_passes_gradients_on(device: str, learned: str) -> None:
+    """To all else that it sees: what learns is not in the step itself."""
+    x = numbers(3, 1, 2, 5, 64).bfloat16()
+    angles = numbers(2, 1, 1, 1, 64, seed=1)
+
+    def gradients(backend: str, device: str) -> list[Tensor]:
+        q, k, v = x.to(device, copy=True)
+        turns = angles.to(device, copy=True).requires_grad_(learned == "angles")
+        before = [x[:, :, :4].requires_grad_(learned != "angles") for x in (q, k, v)]
+        cache = KVCache(1, 1, 2, 5, 64, device=q.device, dtype=q.dtype)
+        attention(*before, cache=cache, backend=backend)
+        cache.advance(4)
+        rotary = (turns[0], turns[1])
+        output = attention(*(x[:, :, 4:] for x in (q, k, v)), rotary=rotary, cache=cache, backend=backend)
+        return list(torch.autograd.grad(output.float().sum(), [turns] if learned == "angles" else before[1:]))
+
+    for ours, expected in zip(gradients("cuda", device), gradients("reference", "cpu"), strict=True):
+        assert error(ours, expected.double()) <= 0.02 * float(expected.abs().max())
+
+
 def choices_of(run: Callable[[torch.dtype], Tensor]) -> list[str]:
     """The backends that a model in bfloat16 takes by itself, where it then errs at most twice as much as with the plain
     code; the truth is what it says in float32."""

@@ -327,6 +327,22 @@ def test_torch_finds_nothing_wrong_with_new_tokens(device: str, which: str) -> N
     torch.library.opcheck(new.operator.default, tuple(new.given.values()))
 
 
+@steps
+def test_new_tokens_that_learn_are_refused(device: str, which: str) -> None:
+    """And nothing is stored."""
+    given = step(**STEPS[which], device=device).given
+    for learned in (name for name, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()):
+        new = step(**STEPS[which], device=device)
+        new.given[learned].requires_grad_()
+        with pytest.raises(
+            NotImplementedError, match=r"^vargpt\.(next_scale|decode)\.default has no gradients, and one"
+        ):
+            new.run()
+        assert new.given["cached_values"][:, :, new.past :].isnan().all()
+        with torch.no_grad():
+            new.run()
+
+
 BAD_STEPS: dict[str, tuple[str, dict[str, Callable[[Any], Any]], str]] = {
     "keys of another count": (
         "a scale",

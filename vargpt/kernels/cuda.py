@@ -156,6 +156,28 @@ def _decode_fake(queries: Tensor, *_: Any) -> Tensor:
     return _new_vectors(queries)
 
 
+def _without_gradients(op: Any) -> Any:
+    """What stands where an operator's gradients would: torch's own way to register these takes no operator that
+    writes to its inputs."""
+
+    def run(keys: torch._C.DispatchKeySet, *inputs: Any) -> Tensor:
+        learned = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        if learned and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{op} has no gradients, and one of its inputs needs some: call it under torch.no_grad(), or "
+                "vargpt.kernels.attention, which then takes other operators"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+    return run
+
+
+_registered = torch.library.Library("vargpt", "FRAGMENT")
+for _op in (torch.ops.vargpt.next_scale.default, torch.ops.vargpt.decode.default):
+    _registered.impl(_op, _without_gradients(_op), "Autograd", with_keyset=True)
+
+
 # ---- The backend ----
 
 
@@ -197,7 +219,10 @@ def refuses(call: Call) -> str | None:
 def appends(call: Call) -> bool:
     """Whether kernels fit that store new keys and values by themselves: nothing learns, the cache holds the same
     format, and every new token sees everything."""
-    if call.cache is None or call.learns or call.cache.dtype != call.q_BHLK.dtype:
+    if call.cache is None or call.cache.dtype != call.q_BHLK.dtype:
+        return False
+    learned = call.cache.requires_grad or any(x.requires_grad for x in call.rotary or ())  # by earlier steps, or angles
+    if call.learns or (torch.is_grad_enabled() and learned):
         return False
     sees_all = call.limits is None and (call.queries == 1 or not call.causal)
     return sees_all and call.queries == call.k_BGMK.shape[2]
