@@ -9,6 +9,9 @@
 #include <dlfcn.h>
 
 #include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <set>
 
 #include "machine.h"
@@ -36,8 +39,10 @@ struct Cell {
 
 struct Tensor {
   uintptr_t begin, end;
-  std::vector<Cell> cells;   // none: the kernel may only read it
-  std::vector<int> loaded;  // of every two bytes: the block that loaded them last
+  std::vector<Cell> cells;  // none: the kernel may only read it
+  // Of every two bytes: 1 + the block that loaded them last, 0 if none did. From calloc, so that what nobody looks at
+  // takes no memory: a view may span gigabytes.
+  std::unique_ptr<int[], void (*)(void*)> loaded;
   bool writable() const { return !cells.empty(); }
 };
 
@@ -209,8 +214,8 @@ void count_access(Tensor& tensor, size_t offset, size_t bytes, bool writes) {
     return;
   }
   for (size_t i = offset / kCellBytes; i <= (offset + bytes - 1) / kCellBytes; ++i) {
-    if (tensor.loaded[i] == machine.block_number) continue;
-    tensor.loaded[i] = machine.block_number;
+    if (tensor.loaded[i] == machine.block_number + 1) continue;
+    tensor.loaded[i] = machine.block_number + 1;
     counters.loaded_bytes += kCellBytes;
   }
 }
@@ -231,7 +236,8 @@ extern "C" {
 void cuda_on_cpu_tensor(const void* data, size_t bytes, int writable) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   const size_t cells = bytes / cuda_on_cpu::kCellBytes + 1;
-  cuda_on_cpu::Tensor tensor{begin, begin + bytes, {}, std::vector<int>(cells, -1)};
+  cuda_on_cpu::Tensor tensor{begin, begin + bytes, {}, {static_cast<int*>(std::calloc(cells, sizeof(int))), std::free}};
+  if (!tensor.loaded) throw std::bad_alloc();
   if (writable) tensor.cells.resize(cells);
   cuda_on_cpu::tensors.push_back(std::move(tensor));
 }

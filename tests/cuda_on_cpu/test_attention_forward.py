@@ -187,7 +187,7 @@ MISTAKES = {
         FORWARD, "all_see = call.limits[first_query]", "all_see = call.limits[end_query - 1]", "output"
     ),
     "the last tile in part is left out": Mistake(
-        FORWARD, "(some_see + kKeyTile - 1) / kKeyTile", "some_see / kKeyTile", "output"
+        FORWARD, "tiles = tiles_of(some_see)", "tiles = some_see / kKeyTile", "output"
     ),
     "limits are read beyond the last query": Mistake(
         FORWARD,
@@ -227,7 +227,7 @@ MISTAKES = {
     ),
     "values are not transposed": Mistake(TILES, "ldmatrix_x4_transposed(fragment", "ldmatrix_x4(fragment", "output"),
     "a tile that nobody sees is computed": Mistake(
-        FORWARD, "(some_see + kKeyTile - 1) / kKeyTile", "(some_see + kKeyTile) / kKeyTile + 1", "work"
+        FORWARD, "tiles = tiles_of(some_see)", "tiles = tiles_of(some_see) + 1", "work"
     ),
     "no swizzle": Mistake(TILES, "(chunk ^ (row % 8))", "chunk", "bank conflicts"),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.cuda_on_cpu.decode import Case, Watched, cases, decode, decode_ptx, divide, random_case, with_all_sides
@@ -108,6 +108,7 @@ def test_all_schedules_give_the_same_numbers() -> None:
         assert decode(case, seed=seed).same_bits(first)
 
 
+@example(width=64, batch=65535, key_heads=65535, past=100, multiprocessors=1)  # more than an int counts
 @given(
     width=st.sampled_from([64, 128]),
     batch=st.integers(1, 64),

@@ -160,7 +160,7 @@ MORE_MISTAKES = {
         KERNEL, "tile < old_tiles ? call.past - tile * kKeyTile :", "tile < old_tiles ? kKeyTile :", "output"
     ),
     "the last tile in part is left out": Mistake(
-        KERNEL, "(keys + kKeyTile - 1) / kKeyTile", "keys / kKeyTile", "output"
+        "attention_forward.cuh", "(keys + kKeyTile - 1) / kKeyTile", "keys / kKeyTile", "output"
     ),
     "new keys lie by the cache's stride": Mistake(
         KERNEL,

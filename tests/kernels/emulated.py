@@ -41,5 +41,5 @@ def two_units(dtype: torch.dtype, exact: Tensor) -> float:
 
 
 def shifted(x: Tensor) -> Tensor:
-    """The same numbers, two bytes further."""
+    """The same numbers, one further in memory."""
     return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,15 @@ def test_it_says_what_it_cannot_do_and_the_next_one_does_it() -> None:
             {"key_mask": torch.ones(2, 14, dtype=torch.bool)},
             rounded,
         ),
-        "1 to 65535 rows and heads, not 0 and 4": ({}, rounded[:0]),
+        "at least one row, head and query, not 0, 4 and 14": ({}, rounded[:0]),
+        "at most 65535 rows, and as many heads of queries and keys, not 65536 and 2": (
+            {},
+            rounded[:1, :1].expand(65536, 1, 14, 64),
+        ),
+        "at most 65535 rows, and as many heads of queries and keys, not 1 and 65536": (
+            {},
+            rounded[:1, :1].expand(1, 32768, 14, 64),
+        ),
         "run on cpu, not on meta": ({}, rounded.to("meta")),
     }
     for reason, (options, x) in refused.items():
@@ -133,6 +142,38 @@ def test_inputs_that_kernels_cannot_read_are_copied(device: str) -> None:
     assert torch.equal(call(moved, device, "cuda"), expected)
 
 
+@pytest.mark.parametrize("cosine", [torch.tensor([2.0]).expand(4), torch.linspace(1, 9, 8)[::2]])
+def test_so_are_temperatures(device: str, cosine: Tensor) -> None:
+    case = small()
+    assert not cosine.is_contiguous()
+    output, expected = (call(replace(case, cosine=x), device, "cuda") for x in (cosine, cosine.clone()))
+    assert torch.equal(output, expected)
+
+
+def test_so_are_angles(device: str) -> None:
+    x = numbers(1, 2, 5, 64).bfloat16().to(device)
+    angles = numbers(1, 1, 1, 64, seed=1).to(device)
+
+    def decoded(cosines: Tensor, sines: Tensor) -> Tensor:
+        cache = KVCache(1, 1, 2, 5, 64, device=x.device, dtype=x.dtype)
+        cache.append(0, x[:, :, :4], x[:, :, :4])
+        cache.advance(4)
+        return attention(*[x[:, :, 4:]] * 3, rotary=(cosines, sines), cache=cache, backend="cuda")
+
+    cosines, sines = angles.cos(), angles.sin()
+    assert torch.equal(decoded(shifted(cosines), shifted(sines)), decoded(cosines, sines))
+
+
+def test_memory_of_others_may_begin_anywhere(device: str) -> None:
+    """torch knows no offset of it."""
+    case = small()
+    bytes_of_keys = case.k_BGNK.contiguous().view(torch.uint8).flatten().tolist()
+    keys = torch.frombuffer(bytearray([0, 0, *bytes_of_keys]), dtype=torch.bfloat16, offset=2).view_as(case.k_BGNK)
+    assert (keys.storage_offset(), keys.data_ptr() % 16) == (0, 2)
+    output = call(replace(case, k_BGNK=keys), device, "cuda")
+    assert torch.equal(output, call(case, device, "cuda"))
+
+
 def test_angles_and_a_cache_give_what_the_reference_gives(device: str) -> None:
     """With a cache, new tokens come in three steps; backends may take turns."""
     schedule = ScaleSchedule((1, 3, 5))
@@ -162,6 +203,27 @@ def test_angles_and_a_cache_give_what_the_reference_gives(device: str) -> None:
     for backends in (["cuda"] * 3, ["cuda", "matmul", "cuda"], ["matmul", "cuda", "sdpa"]):
         # Rotated queries and keys are rounded to 16 bits, and their logits reach 9.
         assert float((steps(backends, device, torch.bfloat16) - expected).abs().max()) <= 0.06
+
+
+@pytest.mark.parametrize("learned", ["the step before", "angles"])
+def test_a_step_of_constants_passes_gradients_on(device: str, learned: str) -> None:
+    """To all else that it sees: what learns is not in the step itself."""
+    x = numbers(3, 1, 2, 5, 64).bfloat16()
+    angles = numbers(2, 1, 1, 1, 64, seed=1)
+
+    def gradients(backend: str, device: str) -> list[Tensor]:
+        q, k, v = x.to(device, copy=True)
+        turns = angles.to(device, copy=True).requires_grad_(learned == "angles")
+        before = [x[:, :, :4].requires_grad_(learned != "angles") for x in (q, k, v)]
+        cache = KVCache(1, 1, 2, 5, 64, device=q.device, dtype=q.dtype)
+        attention(*before, cache=cache, backend=backend)
+        cache.advance(4)
+        rotary = (turns[0], turns[1])
+        output = attention(*(x[:, :, 4:] for x in (q, k, v)), rotary=rotary, cache=cache, backend=backend)
+        return list(torch.autograd.grad(output.float().sum(), [turns] if learned == "angles" else before[1:]))
+
+    for ours, expected in zip(gradients("cuda", device), gradients("reference", "cpu"), strict=True):
+        assert error(ours, expected.double()) <= 0.02 * float(expected.abs().max())
 
 
 def choices_of(run: Callable[[torch.dtype], Tensor]) -> list[str]:

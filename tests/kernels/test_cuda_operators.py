@@ -80,6 +80,11 @@ def meta_rows(x: Tensor, *shape: int) -> Tensor:
     return x.flatten()[:1].expand(*shape)
 
 
+def same_vectors(x: Tensor, *shape: int) -> Tensor:
+    """The same around one vector, whose numbers lie side by side."""
+    return x[:1, :1, :1].expand(*shape, -1)
+
+
 BAD: dict[str, tuple[dict[str, Callable[[Tensor], Any]], str]] = {
     "numbers of 64 bits": (
         {"queries": Tensor.double},
@@ -192,6 +197,20 @@ BAD_BACKWARD: dict[str, tuple[dict[str, Callable[[Tensor], Any]], str]] = {
         r"d_output has shape \[2, 4, 38, 64\], and must have \[2, 4, 39, 64\]",
     ),
     "an output off the grid": ({"output": shifted}, r"output begins 2 bytes off a multiple of 16: call .clone\(\)"),
+    "more heads of both kinds than a grid has": (
+        {name: lambda x: same_vectors(x, 2, 32768, x.shape[2]) for name in ("queries", "keys", "values")}
+        | {"head_scales": lambda x: x.repeat(8192)},
+        "queries and keys have 32768 and 32768 heads, and at most 65535 together can be computed at once: split them",
+    ),
+    "more tokens of all rows than an int counts": (
+        {name: lambda x: same_vectors(x, 65535, 1, 39) for name in ("keys", "values")}
+        | {
+            "queries": lambda x: same_vectors(x, 65535, 1, 32769),
+            "limits": lambda x: x.new_full((32769,), 39),
+            "head_scales": lambda x: x[:1],
+        },
+        "queries has 65535 times 32769 tokens, and at most 2147483647 can be computed at once: split the batch",
+    ),
     "a log-sum-exp of 16 bits": ({"log_sum_exp": Tensor.half}, "log_sum_exp holds Half, not Float"),
     "a log-sum-exp too few": (
         {"log_sum_exp": lambda x: x[:, 1:]},
@@ -327,6 +346,22 @@ def test_torch_finds_nothing_wrong_with_new_tokens(device: str, which: str) -> N
     torch.library.opcheck(new.operator.default, tuple(new.given.values()))
 
 
+@steps
+def test_new_tokens_that_learn_are_refused(device: str, which: str) -> None:
+    """And nothing is stored."""
+    given = step(**STEPS[which], device=device).given
+    for learned in (name for name, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()):
+        new = step(**STEPS[which], device=device)
+        new.given[learned].requires_grad_()
+        with pytest.raises(
+            NotImplementedError, match=r"^vargpt\.(next_scale|decode)\.default has no gradients, and one"
+        ):
+            new.run()
+        assert new.given["cached_values"][:, :, new.past :].isnan().all()
+        with torch.no_grad():
+            new.run()
+
+
 BAD_STEPS: dict[str, tuple[str, dict[str, Callable[[Any], Any]], str]] = {
     "keys of another count": (
         "a scale",
@@ -357,6 +392,11 @@ BAD_STEPS: dict[str, tuple[str, dict[str, Callable[[Any], Any]], str]] = {
         {"mask": lambda x: x[:, 1:]},
         r"mask has shape \[2, 200\], and must have \[2, 201\]",
     ),
+    "a mask apart": (
+        "a token after padding",
+        {"mask": lambda x: x.repeat_interleave(2, 1)[:, ::2]},
+        r"mask does not lie in memory without gaps: call .contiguous\(\)",
+    ),
     "angles of another width": (
         "a token",
         {"cosines": lambda x: x[:, :32]},
@@ -368,6 +408,12 @@ BAD_STEPS: dict[str, tuple[str, dict[str, Callable[[Any], Any]], str]] = {
         {"sines": lambda x: torch.cat((x, x))[:3]},
         r"sines has shape \[3, 64\], and must have \[2, 64\]",
     ),
+    "cosines off the grid": (
+        "a token",
+        {"cosines": shifted},
+        "cosines begins 4 bytes off a multiple of 8: call .clone",
+    ),
+    "sines off the grid": ("a token", {"sines": shifted}, "sines begins 4 bytes off a multiple of 8: call .clone"),
     "many heads that share one": (
         "a token",
         {"queries": lambda x: x.repeat(1, 6, 1, 1)},
@@ -394,11 +440,18 @@ def test_bad_new_tokens_are_named(what: str) -> None:
 
 @no_emulation
 @pytest.mark.usefixtures("emulated")
-def test_new_tokens_may_not_lie_in_the_cache() -> None:
+@pytest.mark.parametrize("cache", ["cached_keys", "cached_values"])
+@pytest.mark.parametrize("name", ["queries", "new_keys", "new_values"])
+def test_new_tokens_may_not_lie_in_the_cache(name: str, cache: str) -> None:
     new = step(9, 70)
-    new.given["new_keys"] = new.given["cached_keys"][:, :, 70:79]
-    with pytest.raises(ValueError, match="next_scale: new_keys and the cache lie in the same memory"):
+    new.given[name] = new.given[cache][:, :1, 70:79].expand_as(new.given[name])
+    with pytest.raises(ValueError, match=f"next_scale: {name} and the cache lie in the same memory"):
         new.run()
+
+
+@no_emulation
+@pytest.mark.usefixtures("emulated")
+def test_keys_and_values_may_not_be_cached_in_one_place() -> None:
     new = step(9, 70)
     new.given["cached_values"] = new.given["cached_keys"]
     with pytest.raises(ValueError, match="next_scale: cached_values and cached_keys lie in the same memory"):
@@ -411,3 +464,12 @@ def test_one_token_is_decoded_at_a_time() -> None:
     new = step(2, 5, decode=True)
     with pytest.raises(ValueError, match="decode: queries has 2 tokens, and one is computed at a time"):
         new.run()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA kernels were built, or no GPU")
+def test_devices_of_a_step_may_not_be_mixed() -> None:
+    for name in ("new_keys", "cached_values", "sines", "mask"):
+        new = step(**STEPS["a token after padding"], device="cuda")
+        new.given[name] = new.given[name].cpu()
+        with pytest.raises(ValueError, match=rf"^decode: {name} is on cpu, but \w+ on cuda:0: move it there"):
+            new.run()

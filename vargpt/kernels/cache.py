@@ -35,6 +35,11 @@ class KVCache:
     def dtype(self) -> torch.dtype:
         return self._keys.dtype
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow back through what it holds."""
+        return self._keys.requires_grad or self._values.requires_grad
+
     def append(
         self, layer: int, k_BHTK: Float[Tensor, "B H T K"], v_BHTK: Float[Tensor, "B H T K"]
     ) -> tuple[Float[Tensor, "B H M K"], Float[Tensor, "B H M K"]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from vargpt.kernels.call import Call
 
@@ -20,7 +21,7 @@ LIBRARY = "vargpt.kernels._cuda"
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_BLOCKS = 65535
-"""Rows of a batch, or heads, of one launch."""
+"""Rows of a batch, or heads of queries and keys together, of one launch."""
 MOST_SHARE = 16
 """Query heads that share a key head, where one new token is computed."""
 CAPABILITY = 8
@@ -155,6 +156,28 @@ def _decode_fake(queries: Tensor, *_: Any) -> Tensor:
     return _new_vectors(queries)
 
 
+def _without_gradients(op: Any) -> Any:
+    """What stands where an operator's gradients would: torch's own way to register these takes no operator that
+    writes to its inputs."""
+
+    def run(keys: torch._C.DispatchKeySet, *inputs: Any) -> Tensor:
+        learned = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        if learned and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{op} has no gradients, and one of its inputs needs some: call it under torch.no_grad(), or "
+                "vargpt.kernels.attention, which then takes other operators"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+    return run
+
+
+_registered = torch.library.Library("vargpt", "FRAGMENT")
+for _op in (torch.ops.vargpt.next_scale.default, torch.ops.vargpt.decode.default):
+    _registered.impl(_op, _without_gradients(_op), "Autograd", with_keyset=True)
+
+
 # ---- The backend ----
 
 
@@ -162,8 +185,9 @@ def laid_out(x: Tensor) -> Tensor:
     """The tensor as kernels read it, in chunks of 16 bytes: itself, or a copy where it does not lie in memory so."""
     chunk = 16 // x.element_size()
     rows = x.stride(-1) == 1 and all(stride % chunk == 0 for stride in x.stride()[:-1])
-    # torch.compile does not tell where a tensor begins; the operator looks again, and says what is wrong.
-    begins = torch.compiler.is_compiling() or x.storage_offset() % chunk == 0
+    # What torch traces with (types of their own) lies nowhere yet; the operator looks again, and says what is wrong.
+    traced = torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter)
+    begins = traced or x.data_ptr() % 16 == 0
     return x if rows and begins else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -182,15 +206,23 @@ def refuses(call: Call) -> str | None:
         return f"its kernels take head widths of 64 and 128, not {q.shape[-1]}"
     if call.key_mask is not None and not decodes(call):
         return "its kernels take a key_mask only where one new token joins a cache"
-    if q.numel() == 0 or max(q.shape[0], q.shape[1] + k.shape[1]) > MOST_BLOCKS:
-        return f"its kernels take 1 to {MOST_BLOCKS} rows and heads, not {q.shape[0]} and {q.shape[1]}"
+    rows, heads, both = q.shape[0], q.shape[1], q.shape[1] + k.shape[1]
+    if q.numel() == 0:
+        return f"its kernels need at least one row, head and query, not {rows}, {heads} and {call.queries}"
+    if max(rows, both) > MOST_BLOCKS:
+        return (
+            f"its kernels take at most {MOST_BLOCKS} rows, and as many heads of queries and keys, not {rows} and {both}"
+        )
     return None
 
 
 def appends(call: Call) -> bool:
     """Whether kernels fit that store new keys and values by themselves: nothing learns, the cache holds the same
     format, and every new token sees everything."""
-    if call.cache is None or call.learns or call.cache.dtype != call.q_BHLK.dtype:
+    if call.cache is None or call.cache.dtype != call.q_BHLK.dtype:
+        return False
+    learned = call.cache.requires_grad or any(x.requires_grad for x in call.rotary or ())  # by earlier steps, or angles
+    if call.learns or (torch.is_grad_enabled() and learned):
         return False
     sees_all = call.limits is None and (call.queries == 1 or not call.causal)
     return sees_all and call.queries == call.k_BGMK.shape[2]
@@ -227,13 +259,13 @@ def _decode(call: Call) -> Tensor:
     assert call.rotary is not None
     q, k, v = (laid_out(x) for x in (call.q_BHLK, call.k_BGMK, call.v_BGMK))
     room = call.cache.with_room(call.layer, 1)
-    angles = (x.flatten(0, 2).float().contiguous() for x in call.rotary)
+    angles = (laid_out(x.flatten(0, 2).float().contiguous()) for x in call.rotary)
     mask = None if call.key_mask is None else call.key_mask.contiguous()
     return torch.ops.vargpt.decode(q, k, v, *room, call.cache.length, *angles, mask, call.scale)
 
 
 def head_scales(call: Call) -> Tensor | None:
-    return None if call.cosine is None else call.cosine.float()
+    return None if call.cosine is None else call.cosine.float().contiguous()
 
 
 def limits(call: Call) -> Tensor:

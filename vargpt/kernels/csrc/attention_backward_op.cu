@@ -19,14 +19,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_op(Tensor d_output
   check_attention_inputs(check, queries, keys, values, limits, head_scales);
   const int64_t batch = queries.size(0), heads = queries.size(1), count = queries.size(2), width = queries.size(3);
   const int64_t key_heads = keys.size(1), key_count = keys.size(2);
-  check.like("d_output", d_output, "queries", queries);
-  check.like("output", output, "queries", queries);
-  check.floats("log_sum_exp", log_sum_exp, {batch, heads, count}, "queries", queries);
   check.require(heads + key_heads <= kMostBlocks, "queries and keys have ", heads, " and ", key_heads,
                 " heads, and at most ", kMostBlocks, " together can be computed at once: split them");
   const int64_t rows = padded(int(count));
   check.require(batch * rows < int64_t(1) << 31, "queries has ", batch, " times ", count,
                 " tokens, and at most 2147483647 can be computed at once: split the batch");
+  check.like("d_output", d_output, "queries", queries);
+  check.like("output", output, "queries", queries);
+  check.floats("log_sum_exp", log_sum_exp, {batch, heads, count}, "queries", queries);
 
   const Device device(queries);
   const Tensor d_queries = new_vectors(queries, heads, count);

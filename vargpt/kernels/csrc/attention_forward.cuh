@@ -29,6 +29,8 @@ struct AttentionForward {
 
 constexpr int kQueryTile = kRows, kKeyTile = 64;
 
+inline __host__ __device__ int tiles_of(int keys) { return (keys + kKeyTile - 1) / kKeyTile; }
+
 // What a block keeps in shared memory. Keys and values have two stages: one is computed while the other is copied.
 template <int width>
 struct AttentionForwardShared {
@@ -202,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, AttentionForwardShared<width>::block
   // Limits never decrease. Should they be wrong, there is still a first tile, and none beyond the keys.
   const int all_see = call.limits[first_query];
   const int some_see = max(1, min(call.limits[end_query - 1], call.key_count));
-  const int tiles = (some_see + kKeyTile - 1) / kKeyTile;
+  const int tiles = tiles_of(some_see);
 
   cp_async_wait<1>();  // the queries are here; keys and values may be on their way
   __syncthreads();     // the other threads' queries, too

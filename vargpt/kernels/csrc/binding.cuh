@@ -194,6 +194,12 @@ class Checks {
     require(tensor.is_contiguous(), name, " does not lie in memory without gaps: call .contiguous()");
   }
 
+  void aligned(const char* name, const Tensor& tensor, int64_t bytes) const {
+    const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    require(address % bytes == 0, name, " begins ", address % bytes, " bytes off a multiple of ", bytes,
+            ": call .clone()");
+  }
+
   void has_format(const char* name, const Tensor& tensor) const {
     const ScalarType type = tensor.scalar_type();
     require(type == ScalarType::BFloat16 || type == ScalarType::Half, name, " holds ", toString(type),
@@ -216,9 +222,7 @@ class Checks {
             " are counted: split them");
     require(tensor.stride(3) == 1, name, " has vectors whose numbers lie ", tensor.stride(3),
             " apart, not side by side: call .contiguous()");
-    const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    require(address % kChunk == 0, name, " begins ", address % kChunk, " bytes off a multiple of ", kChunk,
-            ": call .clone()");
+    aligned(name, tensor, kChunk);
     for (int64_t axis = 0; axis < 3; ++axis) {
       require(tensor.size(axis) == 1 || tensor.stride(axis) % kChunkNumbers == 0, name, " has a stride of ",
               tensor.stride(axis), " along axis ", axis, ", not a multiple of ", kChunkNumbers,

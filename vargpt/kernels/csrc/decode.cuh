@@ -258,9 +258,10 @@ struct Splits {
 // As many splits as give all multiprocessors what they can run at the same time, but none of less than a tile.
 template <int width>
 Splits split_keys_of_cache(int batch, int key_heads, int past, int multiprocessors) {
-  const int tiles = (past + kKeyTile - 1) / kKeyTile, rows = batch * key_heads;
+  const int tiles = tiles_of(past);
+  const int64_t rows = int64_t(batch) * key_heads;
   const int blocks = multiprocessors * DecodeShared<width>::blocks_per_multiprocessor;
-  const int wanted = blocks > rows ? blocks / rows : 1;
+  const int wanted = blocks > rows ? int(blocks / rows) : 1;
   const int tiles_each = tiles > wanted ? (tiles + wanted - 1) / wanted : 1;
   return {(tiles + tiles_each - 1) / tiles_each, tiles_each * kKeyTile};
 }

@@ -20,11 +20,11 @@ Tensor decode_op(Tensor queries, Tensor new_keys, Tensor new_values, Tensor cach
                 " tokens, and one is computed at a time: call attention_forward");
   check.require(heads / key_heads <= kMostShare, "queries has ", heads, " heads, and keys ", key_heads, ": at most ",
                 kMostShare, " query heads may share a key head here: call attention_forward");
-  check.require(batch * key_heads < int64_t(1) << 31, "queries has ", batch, " rows and keys ", key_heads,
-                " heads, and at most 2147483647 together can be computed at once: split the batch");
   const int64_t angles = cosines.dim() > 0 && cosines.size(0) == 1 ? 1 : batch;
   check.floats("cosines", cosines, {angles, width}, "queries", queries);
   check.floats("sines", sines, {angles, width}, "queries", queries);
+  check.aligned("cosines", cosines, sizeof(float2));  // kernels read them in pairs
+  check.aligned("sines", sines, sizeof(float2));
   if (mask) {
     check.same_device("mask", *mask, "queries", queries);
     check.type("mask", *mask, ScalarType::Bool);

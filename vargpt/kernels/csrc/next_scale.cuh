@@ -25,8 +25,6 @@ struct NextScale {
   int past, count;       // tokens that the cache holds, from 0 on, and new ones, from 1 on
 };
 
-inline __host__ __device__ int tiles_of(int keys) { return (keys + kKeyTile - 1) / kKeyTile; }
-
 // Writes the first `count` rows of a tile to rows first_row, first_row + 1, ... of a matrix, all threads together.
 template <int width>
 DEVICE void append_rows(uint16_t* matrix, int64_t stride, int first_row, Tile<width> tile, int count) {
@@ -50,12 +48,7 @@ DEVICE void store_output(const NextScale& call, const RunningSoftmax<width>& sof
     const int query = warp_row + row_of(half);
     const float inverse = 1.0f / quad_sum(softmax.total[half]);
     if (query < call.count) {
-#pragma unroll
-      for (int eight = 0; eight < width / 8; ++eight) {
-        const float(&numbers)[4] = softmax.output[eight];
-        uint16_t* to = output + query * call.output.token_stride + 8 * eight + column_of(0);
-        *reinterpret_cast<uint32_t*>(to) = pack<format>(numbers[2 * half] * inverse, numbers[2 * half + 1] * inverse);
-      }
+      store_row<format>(output + query * call.output.token_stride, softmax.output, half, inverse);
     }
   }
 }
