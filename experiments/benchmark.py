@@ -218,11 +218,11 @@ def measure_attention(
     try:
         with torch.no_grad():
             seconds = median_seconds(forward, device, repeats)
-    except (ValueError, torch.OutOfMemoryError) as error:
-        return str(error)
+    except (ValueError, RuntimeError) as error:  # not enough memory, or what torch's compiler wrote does not compile
+        return str(error).splitlines()[0]
     try:
         learned = median_seconds(both, device, repeats) if s.queries > 1 and not s.past else None
-    except (ValueError, torch.OutOfMemoryError):  # no backward pass here
+    except (ValueError, torch.OutOfMemoryError):  # no backward pass here, or not enough memory
         learned = None
     return Measured(
         shape=s.name,

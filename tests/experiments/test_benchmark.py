@@ -95,7 +95,7 @@ def test_what_does_not_fit_into_memory_is_not_computed(
 ) -> None:
     def full(*inputs: Tensor, backend: str, **options: Any) -> Tensor:
         if backend == "sdpa" or (backend == "matmul" and inputs[0].requires_grad):
-            raise torch.OutOfMemoryError("out of memory")
+            raise torch.OutOfMemoryError("out of memory\n(and more)")
         return attention(*inputs, backend=backend, **options)
 
     shape = AttentionShape(name="small", batch=1, heads=1, groups=1, width=8, queries=4, keys=4)
