@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.models import close, numbers, seeds
 from vargpt.kernels import BACKENDS, KVCache, attention, using, watching
@@ -202,6 +204,17 @@ def test_a_backend_can_be_named_for_all_calls() -> None:
         attention(q, q, q)
     with pytest.raises(ValueError, match="unknown attention backend 'magic'"), using("magic"):
         pass
+
+
+def test_a_backend_is_named_for_other_threads_too() -> None:
+    q = numbers(1, 2, 3, 4).requires_grad_()
+    with watching() as choices, using("matmul"):
+        y = checkpoint(attention, q, q, q, use_reentrant=False)
+        other = Thread(target=y.sum().backward)  # as on GPUs
+        other.start()
+        other.join()
+    assert [choice.backend for choice in choices] == ["matmul", "matmul"]
+    assert q.grad is not None
 
 
 def test_the_environment_names_a_backend() -> None:
