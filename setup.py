@@ -57,6 +57,9 @@ def kernels(required):
                     raise
                 tell(f"the compilation failed: {error}")
                 self.extensions = []
+                root = "" if self.editable_mode else self.build_lib  # where an earlier compilation left its own
+                for old in Path(root, "vargpt", "kernels").glob("_cuda.*"):
+                    old.unlink()
                 wheel: Any = self.distribution.get_command_obj("bdist_wheel", create=False)
                 if wheel is not None:  # what it holds now runs everywhere, and its name is to say so
                     wheel.root_is_pure = True

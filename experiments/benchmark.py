@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from experiments.benchmark_kernels import SOURCES, benchmark_kernels
 from experiments.run import exit_code
-from vargpt.kernels import BACKENDS, attention
+from vargpt.kernels import BACKENDS, KVCache, attention
 from vargpt.scales import Limits, ScaleSchedule
 
 SCHEDULES = {
@@ -36,7 +37,7 @@ REFERENCE = "sdpa"
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """One case: what attends to what."""
+    """One case: what attends to what. Of the keys, the first ``past`` are in a cache; the others join it."""
 
     name: str
     batch: int
@@ -47,6 +48,9 @@ class AttentionShape:
     keys: int
     limits: Limits | None = None
     causal: bool = False
+    past: int = 0
+    cosine: bool = False
+    rotary: bool = False
 
     @property
     def visible(self) -> int:
@@ -80,6 +84,21 @@ def attention_shapes(sides: Sequence[int]) -> list[AttentionShape]:
         for side, schedule in schedules
         for heads in (16, 30)
     ]
+    drawing = [
+        AttentionShape(
+            name=f"VAR {side} px, {schedule.lengths[-1]} after {schedule.offsets[-2]} cached, cosine, {heads} heads",
+            batch=1,
+            heads=heads,
+            groups=heads,
+            width=64,
+            queries=schedule.lengths[-1],
+            keys=schedule.total,
+            past=schedule.offsets[-2],
+            cosine=True,
+        )
+        for side, schedule in schedules
+        for heads in (16, 30)
+    ]
     language = [
         AttentionShape(
             name=f"LLaMA {what}, {groups} key heads",
@@ -90,16 +109,22 @@ def attention_shapes(sides: Sequence[int]) -> list[AttentionShape]:
             queries=queries,
             keys=keys,
             causal=True,
+            past=past,
+            rotary=past > 0,
         )
-        for what, queries, keys in (("prefill of 1024", 1024, 1024), ("decode after 2047", 1, 2048))
+        for what, queries, keys, past in (
+            ("prefill of 1024", 1024, 1024, 0),
+            ("decode after 2047", 1, 2048, 0),
+            ("decode after 2047 cached, rotary", 1, 2048, 2047),
+        )
         for groups in (32, 8)
     ]
-    return decoder + language
+    return decoder + drawing + language
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Seconds (medians) and bytes of one case on one backend; None where it has no such pass."""
+    """Seconds (medians) and bytes of one case on one backend; None where it has no such pass, or no memory for it."""
 
     shape: str
     backend: str
@@ -170,23 +195,34 @@ def measure_attention(
     sizes = [(s.batch, h, n, s.width) for h, n in ((s.heads, s.queries), (s.groups, s.keys), (s.groups, s.keys))]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+    options: dict[str, Any] = {"limits": s.limits, "causal": s.causal, "backend": backend}
+    if s.cosine:
+        options["cosine"] = torch.full((s.heads,), 4.0, device=device)
+    if s.rotary:
+        angles = torch.rand(1, 1, s.queries, s.width, generator=generator).to(device)
+        options["rotary"] = (angles.cos(), angles.sin())
+    if s.past:  # never advanced: every run stores the same new keys after the same old ones
+        cache = KVCache(1, s.batch, s.groups, s.keys, s.width, device=device, dtype=dtype)
+        cache.append(0, k[:, :, : s.past], v[:, :, : s.past])
+        cache.advance(s.past)
+        k, v, options["cache"] = k[:, :, s.past :], v[:, :, s.past :], cache
 
     def forward() -> Tensor:
-        return attention(q, k, v, limits=s.limits, causal=s.causal, backend=backend)
+        return attention(q, k, v, **options)
 
     def both() -> None:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        y = attention(*leaves, limits=s.limits, causal=s.causal, backend=backend)
+        y = attention(*leaves, **options)
         y.backward(torch.ones_like(y))
 
     try:
         with torch.no_grad():
             seconds = median_seconds(forward, device, repeats)
-    except ValueError as error:
-        return str(error)
+    except (ValueError, RuntimeError) as error:  # not enough memory, or what torch's compiler wrote does not compile
+        return str(error).splitlines()[0]
     try:
-        learned = median_seconds(both, device, repeats) if s.queries > 1 else None
-    except ValueError:  # no backward pass here
+        learned = median_seconds(both, device, repeats) if s.queries > 1 and not s.past else None
+    except (ValueError, torch.OutOfMemoryError):  # no backward pass here, or not enough memory
         learned = None
     return Measured(
         shape=s.name,
@@ -207,16 +243,19 @@ def attention_table(rows: Sequence[Measured]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        to = base[row.shape]
-        both = "- | -"
-        if row.both is not None and to.both is not None:
-            both = f"{1e3 * row.both:.2f} | {row.both / to.both:.2f}"
+        to = base.get(row.shape)
+        forward = times(row.forward, None if to is None else to.forward)
+        both = times(row.both, None if to is None else to.both)
         memory = "-" if row.memory is None else f"{row.memory / 1e6:.1f}"
-        lines.append(
-            f"| {row.shape} | {row.backend} | {1e3 * row.forward:.2f} | {row.forward / to.forward:.2f} "
-            f"| {row.reached:.2f} | {both} | {memory} |"
-        )
+        lines.append(f"| {row.shape} | {row.backend} | {forward} | {row.reached:.2f} | {both} | {memory} |")
     return "\n".join(lines)
+
+
+def times(seconds: float | None, to: float | None) -> str:
+    """Two columns: milliseconds, and how many times another time that is."""
+    if seconds is None:
+        return "- | -"
+    return f"{1e3 * seconds:.2f} | " + ("-" if to is None else f"{seconds / to:.2f}")
 
 
 def benchmark_attention(sides: Sequence[int], device: torch.device, dtype: torch.dtype, repeats: int) -> None:
@@ -242,10 +281,16 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="what", required=True)
     backends = commands.add_parser("attention", help="every backend of vargpt.kernels.attention")
     backends.add_argument(
-        "--sides", type=int, nargs="+", default=[256, 512], choices=SCHEDULES, help="of pictures, pixels"
+        "--sides",
+        type=int,
+        nargs="+",
+        choices=SCHEDULES,
+        help="of pictures, pixels: 256 512, on a GPU 1024 too, which on a CPU takes long, and tens of GB",
     )
     backends.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    backends.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    backends.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU, float32 on a CPU"
+    )
     backends.add_argument("--repeats", type=int, default=7, help="runs that a median is taken of (7)")
     kernels = commands.add_parser(
         "kernels", help="the CUDA kernels, without a GPU: registers, occupancy, counted work; exits with 1 over budget"
@@ -261,8 +306,11 @@ def main(arguments: list[str] | None = None) -> int:
             return
         if options.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, not {options.repeats}")
-        device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-        benchmark_attention(options.sides, device, dtype, options.repeats)
+        device = torch.device(options.device)
+        gpu = device.type == "cuda"
+        sides = options.sides or [side for side in SCHEDULES if gpu or side < 1024]
+        dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
+        benchmark_attention(sides, device, dtype, options.repeats)
 
     return exit_code(run) or int(not kept)
 

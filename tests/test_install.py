@@ -31,9 +31,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def build(source: Path, to: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def build(source: Path, to: Path, kind: str = "wheel", **environment: str) -> subprocess.CompletedProcess[str]:
     """What pip does without build isolation: this interpreter's setuptools and torch are used."""
-    code = f"from setuptools import build_meta; build_meta.build_wheel({str(to)!r})"
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(to)!r})"
     others = {name: value for name, value in os.environ.items() if name != "VARGPT_CUDA"}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=source, env={**others, **environment}, capture_output=True, text=True
@@ -106,3 +106,13 @@ def test_a_compilation_that_fails_leaves_a_wheel_for_every_machine(source: Path,
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert build(broken, tmp_path, VARGPT_CUDA="1").returncode != 0
+
+    # What a compilation left that did not fail is in no wheel that says it runs everywhere, and loaded by no clone.
+    (library,) = (broken / "build").glob("lib.*")
+    for root, kind in ((library, "wheel"), (broken, "editable")):
+        old = root / "vargpt" / "kernels" / "_cuda.abi3.so"
+        old.write_bytes(b"kernels of another source")
+        assert build(broken, tmp_path, kind).returncode == 0
+        assert not old.exists()
+    with zipfile.ZipFile(wheel) as archive:
+        assert not any(name.endswith(".so") for name in archive.namelist())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vargpt.scales import Limits, ScaleSchedule
 
@@ -79,6 +80,24 @@ def test_limits_are_runs_of_queries_that_see_as_many_keys(limits: list[int]) -> 
     assert len(runs.runs) == len(set(limits))
     assert runs == Limits.of(limits)
     assert runs.tensor() is Limits.of(limits).tensor()  # made once
+
+
+def test_limits_first_needed_in_inference_mode_can_be_saved_for_a_backward_pass() -> None:
+    runs = Limits(((1, 1), (977, 978)))  # that no other test keeps
+    with torch.inference_mode():
+        runs.tensor()
+    x = torch.ones(978, requires_grad=True)
+    (x * runs.tensor()).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == runs.tensor().tolist()
+
+
+def test_limits_of_fake_tensors_are_fake_and_are_not_kept() -> None:
+    runs = Limits(((1, 1), (978, 979)))  # that no other test keeps
+    for _ in range(2):  # before the real ones are kept, and after
+        with FakeTensorMode():
+            assert isinstance(runs.tensor(), FakeTensor)
+        assert not isinstance(runs.tensor(), FakeTensor)
 
 
 @pytest.mark.parametrize("runs", [(), ((1, 0),), ((0, 1),), ((1, 2), (1, 1))])

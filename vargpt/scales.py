@@ -100,9 +100,10 @@ class Limits:
 
     def tensor(self, device: torch.device | str | None = None) -> Int[Tensor, " L"]:
         """One limit a query, as int32, which kernels read; the same tensor at every call."""
-        # torch.compile sees through a cache, and warns that it does.
-        make = _limits_tensor if torch.compiler.is_compiling() else _cached_limits_tensor
-        return make(self, torch.device(device or "cpu"))
+        # torch.compile sees through a cache, and warns that it does. A mode in which tensors are fakes can read no real
+        # one, and leaves fakes that nothing else can read.
+        plain = not torch.compiler.is_compiling() and type(torch.empty(0)) is Tensor
+        return (_cached_limits_tensor if plain else _limits_tensor)(self, torch.device(device or "cpu"))
 
 
 def _limits_tensor(limits: Limits, device: torch.device) -> Tensor:
@@ -110,4 +111,7 @@ def _limits_tensor(limits: Limits, device: torch.device) -> Tensor:
     return torch.tensor(each, dtype=torch.int32, device=device)
 
 
-_cached_limits_tensor = lru_cache(maxsize=256)(_limits_tensor)
+@lru_cache(maxsize=256)
+def _cached_limits_tensor(limits: Limits, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what inference mode makes, training could not save for its backward pass
+        return _limits_tensor(limits, device)

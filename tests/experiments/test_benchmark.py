@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from experiments import benchmark, benchmark_kernels
 from experiments.benchmark import SCHEDULES, AttentionShape, attention_shapes
@@ -23,6 +25,8 @@ from experiments.benchmark_kernels import (
 from tests.cuda_on_cpu import compiled
 from tests.cuda_on_cpu.compiled import Compiled, Placed, cannot_compile
 from tests.cuda_on_cpu.harness import unavailable
+from vargpt.kernels import attention, cuda
+from vargpt.kernels.call import Call
 from vargpt.scales import Limits, ScaleSchedule
 
 counts = pytest.mark.skipif(unavailable() is not None, reason=f"no kernels on this CPU: {unavailable()}")
@@ -59,6 +63,68 @@ def test_the_shapes_are_the_published_ones() -> None:
     totals = [ScaleSchedule(SCHEDULES[side]).total for side in (256, 512, 1024)]
     assert totals == [680, 2240, 8640]
     assert {(s.heads, s.width) for s in attention_shapes([256])} == {(16, 64), (30, 64), (32, 128)}
+
+
+def test_cached_rows_are_what_fused_kernels_take_and_every_run_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = [shape for shape in attention_shapes([256]) if shape.past]
+    assert [(s.queries, s.past, s.width, s.groups, s.cosine, s.rotary) for s in cached] == [
+        (256, 424, 64, 16, True, False),
+        (256, 424, 64, 30, True, False),
+        (1, 2047, 128, 32, False, True),
+        (1, 2047, 128, 8, False, True),
+    ]
+    seen = []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, *, backend: str, **options: Any) -> Tensor:
+        call = Call(q, k, v, **{"key_mask": None, "scale": 1.0, "limits": None, **options})
+        call.check()
+        seen.append((cuda.appends(call), cuda.decodes(call), options["cache"].length))
+        return attention(q, k, v, backend=backend, **options)
+
+    monkeypatch.setattr(benchmark, "attention", watched)
+    for shape in cached[::2]:
+        measured = benchmark.measure_attention(shape, "sdpa", torch.device("cpu"), torch.float32, 2, 1.0)
+        assert isinstance(measured, benchmark.Measured)
+        assert measured.both is None
+    assert len(seen) > len(set(seen))
+    assert set(seen) == {(True, False, 424), (True, True, 2047)}
+
+
+def test_what_does_not_fit_into_memory_is_not_computed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*inputs: Tensor, backend: str, **options: Any) -> Tensor:
+        if backend == "sdpa" or (backend == "matmul" and inputs[0].requires_grad):
+            raise torch.OutOfMemoryError("out of memory\n(and more)")
+        return attention(*inputs, backend=backend, **options)
+
+    shape = AttentionShape(name="small", batch=1, heads=1, groups=1, width=8, queries=4, keys=4)
+    monkeypatch.setattr(benchmark, "attention_shapes", lambda sides: [shape])
+    monkeypatch.setattr(benchmark, "attention", full)
+    assert benchmark.main(["attention", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "not computed: small, sdpa: out of memory" in lines
+    reference, matmul = ([c.strip() for c in line.split("|")] for line in lines if line.startswith("| small"))
+    assert float(reference[3]) > 0
+    assert reference[4] == reference[7] == "-"  # there is nothing to compare with
+    assert matmul[6] == "-"
+
+
+@pytest.mark.parametrize(
+    ("options", "sides", "dtype"),
+    [
+        (["--device", "cpu"], [256, 512], torch.float32),
+        (["--device", "cuda"], [256, 512, 1024], torch.bfloat16),
+        (["--device", "cuda", "--sides", "256", "--dtype", "float32"], [256], torch.float32),
+    ],
+)
+def test_a_gpu_is_measured_in_its_own_format_and_at_all_sizes(
+    options: list[str], sides: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(benchmark, "benchmark_attention", lambda *arguments: asked.append(arguments))
+    assert benchmark.main(["attention", *options]) == 0
+    assert asked == [(sides, torch.device(options[1]), dtype, 7)]
 
 
 def test_peak_memory_is_what_a_call_holds() -> None:

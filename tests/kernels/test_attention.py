@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.models import close, numbers, seeds
 from vargpt.kernels import BACKENDS, KVCache, attention, using, watching
@@ -203,6 +206,17 @@ def test_a_backend_can_be_named_for_all_calls() -> None:
         pass
 
 
+def test_a_backend_is_named_for_other_threads_too() -> None:
+    q = numbers(1, 2, 3, 4).requires_grad_()
+    with watching() as choices, using("matmul"):
+        y = checkpoint(attention, q, q, q, use_reentrant=False)
+        other = Thread(target=y.sum().backward)  # as on GPUs
+        other.start()
+        other.join()
+    assert [choice.backend for choice in choices] == ["matmul", "matmul"]
+    assert q.grad is not None
+
+
 def test_the_environment_names_a_backend() -> None:
     code = "import torch; from vargpt.kernels import *; q = torch.ones(1, 1, 2, 2)\n"
     code += "with watching() as choices: attention(q, q, q)\nprint(choices[0].backend)"
@@ -261,8 +275,45 @@ def test_arguments_that_contradict_each_other_are_refused() -> None:
         attention(q, q, q, limits=Limits.of([1, 3]))
     with pytest.raises(ValueError, match="limits of 3 queries do not fit 2 queries"):
         attention(q, q, q, limits=Limits.of([1, 2, 3]))
-    with pytest.raises(ValueError, match="a mask of 3 keys does not fit 2 keys"):
+    with pytest.raises(ValueError, match=r"key_mask has shape \[1, 3\], and must have \[1, 2\]"):
         attention(q, q, q, key_mask=torch.ones(1, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"k": (1, 2, 3, 4)}, "k_BGMK has shape [1, 2, 3, 4], and must have [2, 2, 3, 4]"),
+        ({"k": (2, 2, 3, 1), "v": (2, 2, 3, 1)}, "k_BGMK has shape [2, 2, 3, 1], and must have [2, 2, 3, 4]"),
+        ({"v": (2, 1, 3, 4)}, "v_BGMK has shape [2, 1, 3, 4], and must have [2, 2, 3, 4]"),
+        ({"v": (2, 2, 1, 4)}, "v_BGMK has shape [2, 2, 1, 4], and must have [2, 2, 3, 4]"),
+        ({"key_mask": (1, 3)}, "key_mask has shape [1, 3], and must have [2, 3]"),
+        ({"cosine": (1,)}, "cosine has shape [1], and must have [4]"),
+        ({"cosine": (2,)}, "cosine has shape [2], and must have [4]"),
+        ({"cos": (2, 1, 1, 4)}, "cosines has shape [2, 1, 1, 4], and must have [2, 1, 3, 4]"),
+        ({"sin": (3, 1, 3, 4)}, "sines has shape [3, 1, 3, 4], and must have [2, 1, 3, 4]"),
+        ({"cache": (3, 2, 4)}, "the cache has shape [3, 2, 5, 4], and must have [2, 2, 5, 4]"),
+        ({"cache": (2, 4, 4)}, "the cache has shape [2, 4, 5, 4], and must have [2, 2, 5, 4]"),
+        ({"cache": (2, 2, 8)}, "the cache has shape [2, 2, 5, 8], and must have [2, 2, 5, 4]"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_shapes_that_do_not_fit_are_refused_before_a_backend_is_chosen(
+    wrong: dict[str, tuple[int, ...]], message: str
+) -> None:
+    keys = (2, 2, 3, 4)
+    q, k, v = torch.ones(2, 4, 3, 4), torch.ones(wrong.get("k", keys)), torch.ones(wrong.get("v", keys))
+    options: dict[str, Any] = {}
+    if "key_mask" in wrong:
+        options["key_mask"] = torch.ones(wrong["key_mask"], dtype=torch.bool)
+    if "cosine" in wrong:
+        options["cosine"] = torch.ones(wrong["cosine"])
+    if "cos" in wrong or "sin" in wrong:
+        options["rotary"] = tuple(torch.ones(wrong.get(name, (1, 1, 3, 4))) for name in ("cos", "sin"))
+    if "cache" in wrong:
+        rows, heads, width = wrong["cache"]
+        options["cache"] = KVCache(1, rows, heads, 5, width, device=q.device, dtype=q.dtype)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attention(q, k, v, **options)
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -125,7 +125,10 @@ def known(name: str) -> Backend:
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Every call inside, in this process, is computed by this backend, unless it names another.
+    """Every call inside is computed by this backend, unless it names another.
+
+    It holds for the process, not for a thread: on GPUs, the backward pass has threads of its own. What it computes
+    again (activation checkpointing) must have the backend of its forward pass, so both belong into the same block.
 
     Raises:
         ValueError: an unknown backend.

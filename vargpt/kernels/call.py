@@ -54,14 +54,21 @@ class Call:
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
     def check(self) -> None:
-        """Raises ValueError where queries, keys, limits and angles do not fit each other."""
+        """Raises ValueError where arguments do not fit each other: backends need not look, and all refuse the same."""
+        (batch, heads, _, width), (_, groups, new, _) = self.q_BHLK.shape, self.k_BGMK.shape
+        fits("k_BGMK", self.k_BGMK, batch, groups, new, width)
+        fits("v_BGMK", self.v_BGMK, batch, groups, new, width)
+        if self.cache is not None:
+            stored, _ = self.cache.with_room(self.layer, new)
+            fits("the cache", stored, batch, groups, self.cache.capacity, width)
         if self.queries > self.keys:
             raise ValueError(f"{self.queries} queries cannot be the last of {self.keys} keys")
-        if self.key_mask is not None and self.key_mask.shape[1] != self.keys:
-            raise ValueError(f"a mask of {self.key_mask.shape[1]} keys does not fit {self.keys} keys")
-        new = self.k_BGMK.shape[2]
+        fits("key_mask", self.key_mask, batch, self.keys)
+        fits("cosine", self.cosine, heads)
         if self.rotary is not None and new != self.queries:
             raise ValueError(f"the angles of {self.queries} queries cannot be those of {new} new keys")
+        for name, angles in zip(("cosines", "sines"), self.rotary or (), strict=False):
+            fits(name, angles, 1 if len(angles) == 1 else batch, 1, self.queries, width)
         if self.limits is None:
             return
         if self.limits.queries != self.queries:
@@ -114,6 +121,12 @@ class Call:
             real = self.key_mask[:, None, :] | (index == own)
             mask = real if mask is None else mask & real
         return mask
+
+
+def fits(name: str, x: Tensor | None, *shape: int) -> None:
+    """Raises ValueError where there is a tensor of another shape."""
+    if x is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {list(x.shape)}, and must have {list(shape)}")
 
 
 def rotate(
