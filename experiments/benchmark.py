@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -192,6 +193,9 @@ def measure_attention(
 ) -> Measured | str:
     """Forward, forward and backward, and memory of both; or why the backend cannot compute this."""
     s = shape
+    if (reason := too_large(s, backend, device)) is not None:
+        return reason
+    torch.compiler.reset()  # after a few shapes it would compile no further ones, and compute them as they stand
     sizes = [(s.batch, h, n, s.width) for h, n in ((s.heads, s.queries), (s.groups, s.keys), (s.groups, s.keys))]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
@@ -234,6 +238,19 @@ def measure_attention(
     )
 
 
+PLAIN = ("reference", "matmul")
+"""Backends that write all products of queries and keys into memory: four times, with those of the backward pass."""
+
+
+def too_large(shape: AttentionShape, backend: str, device: torch.device) -> str | None:
+    """Why memory will not do: where there is too little for a CPU, no error tells, but the process is killed."""
+    needed = 4 * 4 * shape.batch * shape.heads * shape.queries * shape.keys
+    if device.type != "cpu" or backend not in PLAIN or not hasattr(os, "sysconf"):
+        return None
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"it needs about {needed / 1e9:.0f} GB of memory, more than is free" if needed > free else None
+
+
 def attention_table(rows: Sequence[Measured]) -> str:
     """The measurements as markdown, with ratios to ``REFERENCE``."""
     base = {row.shape: row for row in rows if row.backend == REFERENCE}
@@ -270,9 +287,12 @@ def benchmark_attention(sides: Sequence[int], device: torch.device, dtype: torch
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, {dtype}, medians of {repeats}: {rate / 1e9:.0f} GFLOP/s of products, {read / 1e9:.1f} GB/s read")
     print(attention_table(rows))
+    missing: dict[tuple[str, str], list[str]] = {}
     for (shape, backend), reason in zip(cases, found, strict=True):
         if isinstance(reason, str):
-            print(f"not computed: {shape.name}, {backend}: {reason}")
+            missing.setdefault((backend, reason), []).append(shape.name)
+    for (backend, reason), names in missing.items():
+        print(f"not computed by {backend}: {'; '.join(names)}: {reason}")
     print(json.dumps({"rate": rate, "bandwidth": read, "rows": [asdict(row) for row in rows]}))
 
 

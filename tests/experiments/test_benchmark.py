@@ -45,7 +45,7 @@ def test_the_attention_table_has_every_backend_that_runs(
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ")[1] for line in lines if line.startswith("| small")]
     assert rows == ["reference", "matmul", "sdpa", "scales"]
-    assert any(line.startswith("not computed: small, flex: ") and "not 8" in line for line in lines)
+    assert any(line.startswith("not computed by flex: small: ") and "not 8" in line for line in lines)
     measured = json.loads(lines[-1])
     assert measured["rate"] > 0
     assert all(row["forward"] > 0 and row["both"] > 0 for row in measured["rows"])
@@ -90,6 +90,16 @@ def test_cached_rows_are_what_fused_kernels_take_and_every_run_is_the_same(monke
     assert set(seen) == {(True, False, 424), (True, True, 2047)}
 
 
+def test_products_larger_than_memory_are_not_begun() -> None:
+    huge = AttentionShape(name="huge", batch=1, heads=1, groups=1, width=8, queries=10**6, keys=10**6)
+    cpu = torch.device("cpu")
+    assert benchmark.measure_attention(huge, "reference", cpu, torch.float32, 1, 1.0) == (
+        "it needs about 16000 GB of memory, more than is free"
+    )
+    assert benchmark.too_large(huge, "sdpa", cpu) is None
+    assert benchmark.too_large(replace(huge, queries=4, keys=4), "matmul", cpu) is None
+
+
 def test_what_does_not_fit_into_memory_is_not_computed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,7 +113,7 @@ def test_what_does_not_fit_into_memory_is_not_computed(
     monkeypatch.setattr(benchmark, "attention", full)
     assert benchmark.main(["attention", "--repeats", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "not computed: small, sdpa: out of memory" in lines
+    assert "not computed by sdpa: small: out of memory" in lines
     reference, matmul = ([c.strip() for c in line.split("|")] for line in lines if line.startswith("| small"))
     assert float(reference[3]) > 0
     assert reference[4] == reference[7] == "-"  # there is nothing to compare with
