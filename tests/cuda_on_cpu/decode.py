@@ -73,9 +73,12 @@ class Case:
         new = rotate(k[:, :, self.past :], cosines, sines)
         return rotate(q, cosines, sines), torch.cat((k[:, :, : self.past], new), dim=2)
 
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """Output and new key in float64."""
+    def exact(self, rounded: bool = False) -> tuple[Tensor, Tensor]:
+        """Output and new key in float64; ``rounded``: of a turned query and key that were rounded to 16 bits
+        once, as whoever keeps them so must."""
         q, k = self.turned(torch.float64)
+        if rounded:
+            q, k = (x.to(self.q_BH1K.dtype).double() for x in (q, k))
         share = q.shape[1] // k.shape[1]
         logits = self.scale * q @ k.repeat_interleave(share, dim=1).transpose(-2, -1)
         if self.mask_BN is not None:
