@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.data.shapes import WORLDS, World, questions, render, request
+from experiments.data.shapes import WORLDS, World, conclusion, questions, render, request
 from experiments.data.shapes_judge import CATEGORIES, NAMING_PAIRS, PromptSpec, judge, prompt
 from experiments.data.shapes_parser import parse, same
 from experiments.data.shapes_pictures import as_tensor
@@ -113,7 +113,7 @@ def tokenizer_scores(model: VARGPT, world: World, settings: Settings) -> dict[st
 
 
 def question_scores(model: VARGPT, world: World, settings: Settings) -> dict[str, Share]:
-    """Answers that are right to the letter, by kind of question."""
+    """Answers that are right to the letter, by kind of question; their steps do not count."""
     size = require(model.vqvae, "image tokenizer").image_size
     asked = []
     for i in range(settings.n):
@@ -125,7 +125,7 @@ def question_scores(model: VARGPT, world: World, settings: Settings) -> dict[str
     for part in _batches(asked, settings.batch, "questions"):
         replies = respond(model, [[picture, qa.question] for qa, picture in part], max_new_tokens=40)
         for (qa, _), (text, drew) in zip(part, replies, strict=True):
-            right[qa.kind].append(text == qa.answer and not drew)
+            right[qa.kind].append(conclusion(text) == qa.answer and not drew)
     everything = [hit for hits in right.values() for hit in hits]
     return {"questions.all": share(everything)} | {f"questions.{kind}": share(right[kind]) for kind in sorted(right)}
 

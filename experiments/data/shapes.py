@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import permutations
 from random import Random
 from typing import Literal
 
@@ -247,9 +246,7 @@ NAMES = (("shape",), ("colour", "shape"), ("size", "colour", "shape"))
 PLACES = "List all objects with their places."
 """Asked in training only: its answer, a plan, has all that other questions ask for."""
 PLACE = "Where in the picture is the {}?"
-"""Asked in training only: relations compare two such answers, and are learned late without."""
-BOTH = "Where in the picture are the {} and the {}?"
-"""Asked in training only: the answer is their places, and how the first stands to the second."""
+"""Asked in training only: replies about relations begin with two such answers."""
 LAYOUT = "Where would you put {}?"
 """Asked in training only: it teaches to plan at a fraction of a drawing's cost."""
 DESCRIBE = ("Describe the image.", "What is in the picture?", "What do you see?")
@@ -354,9 +351,22 @@ Kind = Literal["colour", "shape", "count", "relation", "existence", "caption", "
 
 @dataclass(frozen=True)
 class QA:
+    """A question with its answer, and with what has to be found before it can be given."""
+
     kind: Kind
     question: str
     answer: str
+    steps: str = ""
+
+    def reply(self, *, planned: bool) -> str:
+        """The answer; ``planned``: after its steps, as plans come before drawings (grounded reasoning, as in Shikra,
+        arXiv 2306.15195)."""
+        return f"{self.steps}: {self.answer}" if planned and self.steps else self.answer
+
+
+def conclusion(reply: str) -> str:
+    """What a reply says in the end."""
+    return reply.rpartition(": ")[2]
 
 
 def questions(scene: Scene, world: World, rng: Random) -> list[QA]:
@@ -379,26 +389,11 @@ def place_questions(scene: Scene, world: World, rng: Random) -> list[QA]:
 
 def relation_questions(scene: Scene, world: World, rng: Random, tries: int) -> list[QA]:
     """Different questions about how objects stand to each other, as many as come up in some tries."""
-    found = [asked for _ in range(tries) if (asked := _ask_relation(scene, world, rng))]
-    return [QA("relation", question, answer) for question, answer in dict(found).items()]
+    found = [QA("relation", *asked) for _ in range(tries) if (asked := _ask_relation(scene, world, rng))]
+    return list({qa.question: qa for qa in found}.values())
 
 
-def comparisons(scene: Scene, world: World, rng: Random) -> list[QA]:
-    """Steps to relations: two places as numbers, compared, and two objects' places found and then compared."""
-    found = []
-    for a, b in permutations(scene.objects, 2):
-        if (stands := relation(a, b)) is None:
-            continue
-        asked, answer = rng.choice([(stands, "yes"), (OPPOSITE[stands], "no")])
-        found.append(QA("places", f"Is {_place(a)} {asked} {_place(b)}?", answer))
-        first, second = _unique_names(scene, a, world), _unique_names(scene, b, world)
-        if first and second:
-            both = BOTH.format(rng.choice(first), rng.choice(second))
-            found.append(QA("places", both, f"{_place(a)}, {_place(b)}, {stands}"))
-    return found
-
-
-_Asked = tuple[str, str] | None  # question, answer
+_Asked = tuple[str, ...] | None  # question, answer, and steps if there are any
 
 
 def _unique(scene: Scene, name: str, attributes: Sequence[str]) -> bool:
@@ -462,10 +457,11 @@ def _ask_relation(scene: Scene, world: World, rng: Random) -> _Asked:
             first, second = a.name(level), b.name(level)
             if not (_unique(scene, first, level) and _unique(scene, second, level)):
                 continue
+            places = f"{_place(a)}, {_place(b)}"
             if len(scene.objects) == 2 and rng.random() < 0.5:
-                return f"Where is the {first}?", f"{stands} the {second}"
+                return f"Where is the {first}?", f"{stands} the {second}", places
             asked, answer = rng.choice([(stands, "yes"), (OPPOSITE[stands], "no")])
-            return f"Is the {first} {asked} the {second}?", answer
+            return f"Is the {first} {asked} the {second}?", answer, places
     return None
 
 

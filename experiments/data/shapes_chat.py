@@ -16,7 +16,6 @@ from experiments.data.shapes import (
     Split,
     World,
     caption,
-    comparisons,
     in_order,
     place_questions,
     plan,
@@ -30,8 +29,8 @@ from vargpt.text import IMAGE, IMAGE_GEN
 
 SCENES = 4
 """Of one conversation without pictures."""
-STEPS = 3
-"""Most questions about relations, and as many about steps to them, where a scene is asked about places."""
+RELATIONS = 4
+"""Most questions about relations where a scene is asked about places."""
 QUESTIONS = 8
 """Most short questions about one scene: seeing it is what costs, and their answers are a word or two of signal."""
 
@@ -41,7 +40,7 @@ class ShapeChats:
 
     Args:
         size: side of the pictures, in pixels.
-        plan: whether replies say what goes where before they draw it.
+        plan: whether replies say what goes where before they draw it, and what is where before they compare it.
     """
 
     def __init__(self, world: str, size: int, *, plan: bool) -> None:
@@ -88,8 +87,9 @@ class ShapeChats:
         return f"There is {plan(rng.sample(scene.objects, len(scene.objects)), self.world)}. "
 
     def _asked(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
-        """Questions about a scene, the first after what shows it: half of the times about places alone."""
-        places = self._finding(scene, shown, rng) if rng.random() < 1 / 2 else []
+        """Questions about a scene, the first after what shows it: of several objects, half of the times about
+        places alone."""
+        places = self._finding(scene, shown, rng) if len(scene.objects) > 1 and rng.random() < 1 / 2 else []
         return places or self._about(scene, shown, rng)
 
     def _about(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
@@ -100,16 +100,20 @@ class ShapeChats:
         everything = [qa for qa in asked.values() if qa.kind == "caption"]
         everything = [rng.choice([*everything, QA("places", PLACES, plan(in_order(scene, self.world), self.world))])]
         # Whoever has told everything answers from what was said, not from what is seen: mostly, that comes last.
-        return _turns(shown, everything + short if rng.random() < 1 / 3 else short + everything)
+        return self._turns(shown, everything + short if rng.random() < 1 / 3 else short + everything)
 
     def _finding(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
-        """Questions about places; none where no object has a name of its own. A relation compares two places that must
-        be found first, and its answer says too little to teach that: asked among all others, relations stay at chance
-        long after those are right."""
-        steps = comparisons(scene, self.world, rng)
-        asked = place_questions(scene, self.world, rng) + rng.sample(steps, min(STEPS, len(steps)))
-        asked += relation_questions(scene, self.world, rng, STEPS)
-        return _turns(shown, rng.sample(asked, len(asked)))
+        """Questions about places; none where no object has a name of its own. Places are learned late where they are
+        asked for among all else, and relations after them."""
+        asked = place_questions(scene, self.world, rng) + relation_questions(scene, self.world, rng, RELATIONS)
+        return self._turns(shown, rng.sample(asked, len(asked)))
+
+    def _turns(self, shown: str, asked: list[QA]) -> list[dict[str, str]]:
+        """Questions with their replies, the first after what shows the scene."""
+        turns = []
+        for qa in asked:
+            turns += _turn(qa.question if turns else shown + qa.question, qa.reply(planned=self._plan))
+        return turns
 
     def _scene(self, split: Split, purpose: str, seed: int, index: int) -> Scene:
         # Each purpose sees scenes of its own, further apart than any training counts.
@@ -119,11 +123,3 @@ class ShapeChats:
 
 def _turn(user: str, assistant: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-def _turns(shown: str, asked: list[QA]) -> list[dict[str, str]]:
-    """Questions with their answers, the first after what shows the scene."""
-    turns = []
-    for qa in asked:
-        turns += _turn(qa.question if turns else shown + qa.question, qa.answer)
-    return turns

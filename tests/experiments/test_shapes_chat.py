@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from experiments.data.shapes import WORLDS, place_questions, plan
+from experiments.data.shapes import WORLDS, conclusion, place_questions, plan, relation_questions
 from experiments.data.shapes_chat import ShapeChats
 from tests.experiments.test_shapes import fitting
 
@@ -48,3 +48,29 @@ def test_places_are_those_of_the_named_object(world: str) -> None:
             assert plan([thing], WORLDS[world]).startswith(qa.answer + " ")
             asked += 1
     assert asked > 200
+
+
+@each_world
+def test_relations_are_told_after_the_places_that_they_follow_from(world: str) -> None:
+    asked = 0
+    for i in range(200):
+        scene = WORLDS[world].sample("train", i)
+        for qa in relation_questions(scene, WORLDS[world], Random(i), 3):
+            places, said = qa.reply(planned=True).split(": ")
+            assert conclusion(qa.reply(planned=True)) == said == qa.answer == qa.reply(planned=False)
+            (ax, ay), (bx, by) = (map(int, place.split()) for place in places.split(", "))
+            stands = re.search("left of|right of|above|below", qa.question + qa.answer)
+            assert stands
+            true = {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}[stands[0]]
+            assert true == (qa.answer != "no")
+            asked += 1
+    assert asked > 100
+
+
+def test_without_plans_answers_stand_alone() -> None:
+    said = [
+        m["content"]
+        for i in range(100)
+        for m in ShapeChats("full", 32, plan=False).example("question", 0, i, "train").messages
+    ]
+    assert not any(": " in text for text in said)
