@@ -1,7 +1,9 @@
 // The backward kernels on a CPU. FORMAT, WIDTH and COSINE say which of their instantiations.
 #include <cstring>
 
-#include "attention_backward.cuh"
+#include "attention_backward_keys.cuh"
+#include "attention_backward_prepare.cuh"
+#include "attention_backward_queries.cuh"
 
 using namespace vargpt;
 

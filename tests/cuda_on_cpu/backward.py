@@ -1,4 +1,4 @@
-"""The backward kernels of csrc/attention_backward.cuh as a Python function: from their source, and from nvcc's PTX."""
+"""The backward kernels of csrc/attention_backward*.cuh as a Python function: from their source, and from nvcc's PTX."""
 
 from __future__ import annotations
 

@@ -215,134 +215,135 @@ def test_wrong_limits_lead_to_wrong_numbers_and_nowhere_else(wrong: str, width: 
 
 # ---- Planted mistakes ----
 
+KEYS, QUERIES, PREPARE = (f"attention_backward_{kernel}.cuh" for kernel in ("keys", "queries", "prepare"))
 BACKWARD, SHARED, TILES = "attention_backward.cuh", "attention.cuh", "tiles.cuh"
 LATE, RACE, OUTSIDE = "reads where a cp.async has not arrived", "race in shared memory", "writes outside"
 Q, K, V, SCALES = "q_BHLK", "k_BGNK", "v_BGNK", "cosine"
 MISTAKES = {
     # The keys kernel
     "keys: the first wait_group lets one group pass": Mistake(
-        BACKWARD, "cp_async_wait<0>();  // this thread's part of the keys", "cp_async_wait<1>();  //", LATE
+        KEYS, "cp_async_wait<0>();  // this thread's part of the keys", "cp_async_wait<1>();  //", LATE
     ),
     "keys: the loop's wait_group lets one group pass": Mistake(
-        BACKWARD, "cp_async_wait<0>();  // this thread's part of the next queries", "cp_async_wait<1>();  //", LATE
+        KEYS, "cp_async_wait<0>();  // this thread's part of the next queries", "cp_async_wait<1>();  //", LATE
     ),
     "keys: no barrier before the loop": Mistake(
-        BACKWARD, "__syncthreads();     // that of the other threads, too: all the keys", "//", RACE
+        KEYS, "__syncthreads();     // that of the other threads, too: all the keys", "//", RACE
     ),
     "keys: no barrier in the loop": Mistake(
-        BACKWARD, "__syncthreads();     // everybody's is, and everybody is done with these queries", "//", RACE
+        KEYS, "__syncthreads();     // everybody's is, and everybody is done with these queries", "//", RACE
     ),
     "keys: one warp passes a barrier by": Mistake(
-        BACKWARD,
+        KEYS,
         "__syncthreads();     // everybody's is, and everybody is done with these queries",
         "if (warp()) __syncthreads();  //",
         "deadlock",
     ),
     "keys: both stages are one": Mistake(
-        BACKWARD, "const int stage = step % 2, head", "const int stage = 0, head", "cp.async"
+        KEYS, "const int stage = step % 2, head", "const int stage = 0, head", "cp.async"
     ),
-    "keys: copies beyond the last tile": Mistake(BACKWARD, "if (step + 1 < steps)", "if (step < steps)", "outside"),
-    "keys: a limit is passed by one": Mistake(BACKWARD, "< numbers[column].limit", "<= numbers[column].limit", K),
+    "keys: copies beyond the last tile": Mistake(KEYS, "if (step + 1 < steps)", "if (step < steps)", "outside"),
+    "keys: a limit is passed by one": Mistake(KEYS, "< numbers[column].limit", "<= numbers[column].limit", K),
     "keys: tiles that not all queries see are not masked": Mistake(
-        BACKWARD, "if (numbers[0].limit < first_key + kRows)", "if (numbers[walked_rows - 1].limit < first_key)", V
+        KEYS, "if (numbers[0].limit < first_key + kRows)", "if (numbers[walked_rows - 1].limit < first_key)", V
     ),
     "keys: queries whose tile begins with one that sees nothing are left out": Mistake(
-        BACKWARD, "min((middle + 1) * rows, call.query_count) - 1", "middle * rows", K
+        KEYS, "min((middle + 1) * rows, call.query_count) - 1", "middle * rows", K
     ),
     "keys: tiles that see nothing are computed": Mistake(
-        BACKWARD, "- 1] > first_key) {", "- 1] > first_key - kRows) {", "work"
+        KEYS, "- 1] > first_key) {", "- 1] > first_key - kRows) {", "work"
     ),
     "keys: the last tile in part is left out": Mistake(
-        BACKWARD,
+        KEYS,
         "(call.query_count + walked_rows - 1) / walked_rows - first",
         "call.query_count / walked_rows - first",
         V,
     ),
     "keys: only one of the heads that share them is heard": Mistake(
-        BACKWARD, "const int steps = share * tiles;", "const int steps = tiles;", V
+        KEYS, "const int steps = share * tiles;", "const int steps = tiles;", V
     ),
     "keys: query heads take turns in key heads": Mistake(
-        BACKWARD, "key_head * share + step / tiles", "key_head + step / tiles * call.key_heads", V
+        KEYS, "key_head * share + step / tiles", "key_head + step / tiles * call.key_heads", V
     ),
-    "keys: delta is missing": Mistake(BACKWARD, "(number - query.delta)", "number", K),
+    "keys: delta is missing": Mistake(KEYS, "(number - query.delta)", "number", K),
     "keys: the queries' lengths are missing": Mistake(
-        BACKWARD, "number *= head_scale * finite<format>(query.inverse_length)", "number *= head_scale", K
+        KEYS, "number *= head_scale * finite<format>(query.inverse_length)", "number *= head_scale", K
     ),
     "keys: the head scale is missing": Mistake(
-        BACKWARD, "number *= head_scale * finite<format>(query.inverse_length)", "number *= query.inverse_length", K
+        KEYS, "number *= head_scale * finite<format>(query.inverse_length)", "number *= query.inverse_length", K
     ),
     "keys: weights are those of values": Mistake(
-        BACKWARD, "multiply<format>(weights, keys, queries)", "multiply<format>(weights, values, queries)", V
+        KEYS, "multiply<format>(weights, keys, queries)", "multiply<format>(weights, values, queries)", V
     ),
     "keys: d_output's stride is the output's": Mistake(
-        BACKWARD,
+        KEYS,
         "call.d_output.tokens(batch, head),\n                                     call.d_output.token_stride",
         "call.d_output.tokens(batch, head),\n                                     call.output.token_stride",
         V,
     ),
     "keys: two blocks write the same rows": Mistake(
-        BACKWARD, "first_key = blockIdx.x * kRows", "first_key = blockIdx.x / 2 * kRows", "race in a tensor"
+        KEYS, "first_key = blockIdx.x * kRows", "first_key = blockIdx.x / 2 * kRows", "race in a tensor"
     ),
     "keys: rows beyond the last are written": Mistake(
-        BACKWARD, "if (key < call.key_count)", "if (key <= call.key_count)", "writes"
+        KEYS, "if (key < call.key_count)", "if (key <= call.key_count)", "writes"
     ),
     "keys: the stride of d_values is that of d_keys": Mistake(
-        BACKWARD, "key * call.d_values.token_stride", "key * call.d_keys.token_stride", V
+        KEYS, "key * call.d_values.token_stride", "key * call.d_keys.token_stride", V
     ),
     # The queries kernel
     "queries: the first wait_group lets one group pass": Mistake(
-        BACKWARD, "cp_async_wait<0>();  // this thread's part of the queries", "cp_async_wait<1>();  //", LATE
+        QUERIES, "cp_async_wait<0>();  // this thread's part of the queries", "cp_async_wait<1>();  //", LATE
     ),
     "queries: the loop's wait_group lets one group pass": Mistake(
-        BACKWARD, "cp_async_wait<0>();  // this thread's part of the next keys", "cp_async_wait<1>();  //", LATE
+        QUERIES, "cp_async_wait<0>();  // this thread's part of the next keys", "cp_async_wait<1>();  //", LATE
     ),
     "queries: no barrier before the loop": Mistake(
-        BACKWARD, "__syncthreads();     // that of the other threads, too: all the queries", "//", RACE
+        QUERIES, "__syncthreads();     // that of the other threads, too: all the queries", "//", RACE
     ),
     "queries: no barrier in the loop": Mistake(
-        BACKWARD, "__syncthreads();     // everybody's is, and everybody is done with these keys", "//", RACE
+        QUERIES, "__syncthreads();     // everybody's is, and everybody is done with these keys", "//", RACE
     ),
-    "queries: copies beyond the last tile": Mistake(BACKWARD, "if (tile + 1 < tiles)", "if (tile < tiles)", "work"),
+    "queries: copies beyond the last tile": Mistake(QUERIES, "if (tile + 1 < tiles)", "if (tile < tiles)", "work"),
     "queries: a limit is passed by one": Mistake(
-        BACKWARD, "column < numbers[half].limit", "column <= numbers[half].limit", Q
+        QUERIES, "column < numbers[half].limit", "column <= numbers[half].limit", Q
     ),
     "queries: tiles that not all see are not masked": Mistake(
-        BACKWARD, "if (first_key + walked_rows > all_see)", "if (first_key > all_see)", Q
+        QUERIES, "if (first_key + walked_rows > all_see)", "if (first_key > all_see)", Q
     ),
     "queries: a tile that nobody sees is computed": Mistake(
-        BACKWARD, "(some_see + walked_rows - 1) / walked_rows", "some_see / walked_rows + 2", "work"
+        QUERIES, "(some_see + walked_rows - 1) / walked_rows", "some_see / walked_rows + 2", "work"
     ),
-    "queries: delta is missing": Mistake(BACKWARD, "(number - numbers[half_of(element)].delta)", "number", Q),
+    "queries: delta is missing": Mistake(QUERIES, "(number - numbers[half_of(element)].delta)", "number", Q),
     "queries: the keys' lengths are missing": Mistake(
-        BACKWARD, "number *= finite<format>(key_inverse_lengths[8 * eight + column_of(element)]);", "{}", Q
+        QUERIES, "number *= finite<format>(key_inverse_lengths[8 * eight + column_of(element)]);", "{}", Q
     ),
-    "queries: the head scale is missing": Mistake(BACKWARD, "d_queries, half, head_scale)", "d_queries, half, 1)", Q),
+    "queries: the head scale is missing": Mistake(QUERIES, "d_queries, half, head_scale)", "d_queries, half, 1)", Q),
     "queries: two blocks write the same rows": Mistake(
-        BACKWARD, "(gridDim.x - 1 - blockIdx.x)", "(gridDim.x - 1 - blockIdx.x / 2)", "race in a tensor"
+        QUERIES, "(gridDim.x - 1 - blockIdx.x)", "(gridDim.x - 1 - blockIdx.x / 2)", "race in a tensor"
     ),
     "queries: rows beyond the last are written": Mistake(
-        BACKWARD, "if (query < call.query_count)", "if (query <= call.query_count)", "writes"
+        QUERIES, "if (query < call.query_count)", "if (query <= call.query_count)", "writes"
     ),
     "queries: all warps write one part of the head scale": Mistake(
-        BACKWARD, "to[first_query / 16 + warp()]", "to[first_query / 16]", "race in a tensor"
+        QUERIES, "to[first_query / 16 + warp()]", "to[first_query / 16]", "race in a tensor"
     ),
     "queries: parts of the head scale count every query four times": Mistake(
-        BACKWARD, "int mask = 4; mask < 32", "int mask = 1; mask < 32", SCALES
+        QUERIES, "int mask = 4; mask < 32", "int mask = 1; mask < 32", SCALES
     ),
     # All of them
     "the gradient is not made orthogonal to its vector": Mistake(BACKWARD, ": -along[half] * inverse", ": 0.0f", K),
     "delta and lengths are sums of half": Mistake(
         BACKWARD, "mask < lanes; mask *= 2", "mask < lanes / 2; mask *= 2", Q
     ),
-    "the log-sum-exp is of base e": Mistake(BACKWARD, "[first + row] * kLog2E;", "[first + row];", V),
+    "the log-sum-exp is of base e": Mistake(PREPARE, "[first + row] * kLog2E;", "[first + row];", V),
     "numbers of queries that do not exist are written": Mistake(
-        BACKWARD, "if (chunk == 0 && row < padded(call.query_count))", "if (chunk == 0)", "race in a tensor"
+        PREPARE, "if (chunk == 0 && row < padded(call.query_count))", "if (chunk == 0)", "race in a tensor"
     ),
     "shared memory without room for the queries' numbers": Mistake(
         BACKWARD, "4 * walked_bytes + 2 * number_bytes;", "4 * walked_bytes;", OUTSIDE
     ),
     "not all parts of a head scale are added": Mistake(
-        BACKWARD, "i < parts; i += threads", "i < 20; i += threads", SCALES
+        QUERIES, "i < parts; i += threads", "i < 20; i += threads", SCALES
     ),
     "a length of zero is divided by": Mistake(SHARED, "fmaxf(sqrtf(squares), kShortest)", "sqrtf(squares)", Q),
     "no load is transposed": Mistake(TILES, "ldmatrix_x4_transposed(fragment", "ldmatrix_x4(fragment", V),
@@ -367,8 +368,11 @@ def test_a_planted_mistake_is_noticed(name: str, all_sides: Case, tmp_path: Path
 
 def test_the_scale_is_missed_where_there_is_no_cosine(tmp_path: Path) -> None:
     case = Case(Learning.of(problem(torch.bfloat16, 64, [1, 2, 3], cosine=False)))
-    for old, name in (("cosine ? 1.0f : call.scale", K), ("cosine ? call.head_scales[head] : call.scale;\n  float", Q)):
-        csrc = planted(tmp_path / name, BACKWARD, old, old.replace("call.scale", "1.0f"))
+    for file, old, name in (
+        (KEYS, "cosine ? 1.0f : call.scale", K),
+        (QUERIES, "cosine ? call.head_scales[head] : call.scale", Q),
+    ):
+        csrc = planted(tmp_path / name, file, old, old.replace("call.scale", "1.0f"))
         assert name in wrongs(case, attention_backward(case.learning, csrc=csrc))
 
 
@@ -379,4 +383,9 @@ def test_infinite_factors_are_noticed(tmp_path: Path) -> None:
 
 
 def test_each_barrier_is_removed_above() -> None:
-    assert (CSRC / BACKWARD).read_text().count("__syncthreads();") == 4
+    assert [(CSRC / file).read_text().count("__syncthreads();") for file in (KEYS, QUERIES, PREPARE, BACKWARD)] == [
+        2,
+        2,
+        0,
+        0,
+    ]

@@ -1,5 +1,7 @@
 // The backward kernels that are compiled, and the function that launches the right ones.
-#include "attention_backward.cuh"
+#include "attention_backward_keys.cuh"
+#include "attention_backward_prepare.cuh"
+#include "attention_backward_queries.cuh"
 #include "launch.cuh"
 
 namespace vargpt {

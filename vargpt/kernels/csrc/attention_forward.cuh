@@ -48,7 +48,7 @@ struct AttentionForwardShared {
   DEVICE float* inverse_lengths() const { return reinterpret_cast<float*>(data + query_bytes + 4 * key_bytes); }
 };
 
-// ---- Lengths ----
+// ---- Queries, and lengths ----
 
 // 1 / |query| of a lane's two rows. Each lane of a quad holds other columns of them.
 template <Format format, int steps>
@@ -62,6 +62,21 @@ DEVICE void measure_queries(float (&inverse_lengths)[2], const uint32_t (&querie
       squares = add_squares<format>(squares, queries[step][half + 2]);  // right columns
     }
     inverse_lengths[half] = inverse_length(quad_sum(squares));
+  }
+}
+
+// The warp's 16 queries, and what the logits of a lane's two rows are to be multiplied by, for base 2 (with cosine, the
+// keys' inverse lengths come later). Any kernel's call that has a scale and head_scales.
+template <Format format, bool cosine, int width, class Call>
+DEVICE void read_queries(uint32_t (&queries)[width / 16][4], float (&row_scales)[2], Tile<width> tile,
+                         const Call& call, int head) {
+#pragma unroll
+  for (int step = 0; step < width / 16; ++step) load_left(queries[step], tile, 16 * warp(), step);
+  row_scales[0] = row_scales[1] = call.scale * kLog2E;
+  if constexpr (cosine) {
+    measure_queries<format>(row_scales, queries);
+    row_scales[0] *= call.head_scales[head] * kLog2E;
+    row_scales[1] *= call.head_scales[head] * kLog2E;
   }
 }
 
@@ -209,15 +224,8 @@ __global__ void __launch_bounds__(kThreads, AttentionForwardShared<width>::block
   cp_async_wait<1>();  // the queries are here; keys and values may be on their way
   __syncthreads();     // the other threads' queries, too
   uint32_t queries[width / 16][4];
-#pragma unroll
-  for (int step = 0; step < width / 16; ++step) load_left(queries[step], shared.queries(), 16 * warp(), step);
-
-  float row_scales[2] = {call.scale * kLog2E, call.scale * kLog2E};
-  if constexpr (cosine) {
-    measure_queries<format>(row_scales, queries);
-    row_scales[0] *= call.head_scales[head] * kLog2E;
-    row_scales[1] *= call.head_scales[head] * kLog2E;
-  }
+  float row_scales[2];
+  read_queries<format, cosine>(queries, row_scales, shared.queries(), call, head);
 
   RunningSoftmax<width> softmax;
   for (int tile = 0; tile < tiles; ++tile) {

@@ -38,12 +38,7 @@ Tensor decode_op(Tensor queries, Tensor new_keys, Tensor new_values, Tensor cach
   const Tensor split_sums = new_floats(queries, {batch, heads, splits.count, 2});
   const Tensor output = new_vectors(queries, heads, 1);
   Decode call;
-  call.queries = view_to_read(queries);
-  call.new_keys = view_to_read(new_keys);
-  call.new_values = view_to_read(new_values);
-  call.cached_keys = view_to_write(cached_keys);
-  call.cached_values = view_to_write(cached_values);
-  call.output = view_to_write(output);
+  set_new_tokens(call, queries, new_keys, new_values, cached_keys, cached_values, output);
   call.cosines = numbers_to_read<float>(cosines);
   call.sines = numbers_to_read<float>(sines);
   call.mask = mask ? numbers_to_read<uint8_t>(*mask) : nullptr;

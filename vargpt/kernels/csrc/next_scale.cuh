@@ -89,15 +89,8 @@ __global__ void __launch_bounds__(kThreads, AttentionForwardShared<width>::block
   cp_async_wait<1>();  // the queries are here; keys and values may be on their way
   __syncthreads();     // the other threads' queries, too
   uint32_t queries[width / 16][4];
-#pragma unroll
-  for (int step = 0; step < width / 16; ++step) load_left(queries[step], shared.queries(), 16 * warp(), step);
-
-  float row_scales[2] = {call.scale * kLog2E, call.scale * kLog2E};
-  if constexpr (cosine) {
-    measure_queries<format>(row_scales, queries);
-    row_scales[0] *= call.head_scales[head] * kLog2E;
-    row_scales[1] *= call.head_scales[head] * kLog2E;
-  }
+  float row_scales[2];
+  read_queries<format, cosine>(queries, row_scales, shared.queries(), call, head);
 
   RunningSoftmax<width> softmax;
   for (int tile = 0; tile < tiles; ++tile) {

@@ -19,12 +19,7 @@ Tensor next_scale_op(Tensor queries, Tensor new_keys, Tensor new_values, Tensor 
   const Device device(queries);
   const Tensor output = new_vectors(queries, heads, count);
   NextScale call;
-  call.queries = view_to_read(queries);
-  call.new_keys = view_to_read(new_keys);
-  call.new_values = view_to_read(new_values);
-  call.cached_keys = view_to_write(cached_keys);
-  call.cached_values = view_to_write(cached_values);
-  call.output = view_to_write(output);
+  set_new_tokens(call, queries, new_keys, new_values, cached_keys, cached_values, output);
   call.head_scales = head_scales ? numbers_to_read<float>(*head_scales) : nullptr;
   call.scale = float(scale);
   call.heads = int(heads);

@@ -1,4 +1,4 @@
-// Checks of what several ops take.
+// Checks of what several ops take, and what of it their kernels take alike.
 #pragma once
 
 #include "binding.cuh"
@@ -62,6 +62,18 @@ inline void check_new_tokens(const Checks& check, const Tensor& queries, const T
     check.apart("new_keys", new_keys, "the cache", cached);
     check.apart("new_values", new_values, "the cache", cached);
   }
+}
+
+// The same, and the output, as kernels take them.
+template <class Call>
+void set_new_tokens(Call& call, const Tensor& queries, const Tensor& new_keys, const Tensor& new_values,
+                    const Tensor& cached_keys, const Tensor& cached_values, const Tensor& output) {
+  call.queries = view_to_read(queries);
+  call.new_keys = view_to_read(new_keys);
+  call.new_values = view_to_read(new_values);
+  call.cached_keys = view_to_write(cached_keys);
+  call.cached_values = view_to_write(cached_values);
+  call.output = view_to_write(output);
 }
 
 }  // namespace vargpt
