@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import vargpt.llm.layers
 import vargpt.var.layers
 from experiments.data.chat import Batch, ConversationSource, Example, Kind, Mixture, collate, index_maps
-from experiments.data.records import Records, read_records
+from experiments.data.record_files import record_files
+from experiments.data.records import Record, RecordFiles, Records
 from experiments.data.shapes import WORLDS, Split, summary, vocabulary
 from experiments.data.shapes_chat import ShapeChats
 from experiments.data.token_cache import TokenCache
@@ -42,12 +43,15 @@ TOKENIZER = ASSETS / "tiny"
 
 @dataclass(frozen=True, kw_only=True)
 class ChatData:
-    """Where conversations come from: ``world`` names a level of the small world, ``records`` a file of records."""
+    """Where conversations come from: ``world`` names a level of the small world, ``records`` files of records."""
 
     world: Literal["nano", "full"] | None = None
     records: str | None = None
+    """A file, or a pattern such as ``data/train-*.parquet``."""
     images: str | None = None
     """Folder of the records' pictures; by default the one that their file is in."""
+    bad: Literal["stop", "skip"] = "stop"
+    """What to do about a record that cannot be used: end the training, or say it, count it and take another."""
     weight: float = 1.0
     """How often examples are taken from here, beside other sources of the same kind."""
     cache: bool = False
@@ -55,7 +59,7 @@ class ChatData:
 
     def __post_init__(self) -> None:
         if (self.world is None) == (self.records is None):
-            raise ValueError("data names either a world or a file of records")
+            raise ValueError("data names either a world or files of records")
         if self.weight <= 0:
             raise ValueError(f"the weight of data must be above 0, not {self.weight}")
 
@@ -321,14 +325,14 @@ def _source(config: Training, stage: Stage, model: VARGPT, folder: Path) -> Conv
             sources.append(ShapeChats(data.world, vqvae.image_size, plan=config.plan))
             continue
         assert data.records is not None
-        records = read_records(Path(data.records), Path(data.images) if data.images else None)
+        files = RecordFiles(record_files(data.records), Path(data.images) if data.images else None)
         cache = None
         if data.cache:
-            paths = [path for record in records for path in record.drawings]
-            cache = TokenCache(folder / "image_tokens", paths, vqvae, model.device)
-        sources.append(Records(records, vqvae.image_size, cache))
+            drawings = (picture for record in files.scan() if isinstance(record, Record) for picture in record.drawings)
+            cache = TokenCache(folder / "image_tokens", drawings, vqvae, model.device, bad=data.bad)
+        sources.append(Records(files, vqvae.image_size, cache, bad=data.bad))
     if not sources:
-        raise ValueError(f"stage {stage.name!r} has no data: name a world or a file of records")
+        raise ValueError(f"stage {stage.name!r} has no data: name a world or files of records")
     mixture = Mixture(sources, [data.weight for data in chosen])
     for kind in get_args(Kind):
         if getattr(stage.rows, kind) and kind not in mixture.kinds():

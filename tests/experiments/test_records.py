@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from experiments.data.chat import Mixture, collate
-from experiments.data.records import Records, read_records
+from experiments.data.pictures import Picture
+from experiments.data.records import Record, RecordFiles, Records
 from experiments.data.shapes_chat import ShapeChats
 from experiments.data.token_cache import TokenCache
 from vargpt.build import build
@@ -60,10 +61,14 @@ def written(folder: Path, rows: list[Any], *, lines: bool = False) -> Path:
     return file
 
 
+def read(file: Path) -> RecordFiles:
+    return RecordFiles([file])
+
+
 @pytest.mark.parametrize("lines", [False, True])
 def test_both_forms_become_examples(folder: Path, model: VARGPT, lines: bool) -> None:
-    records = read_records(written(folder, [PUBLISHED, LLAVA, TEXT], lines=lines))
-    assert [record.kind for record in records] == ["drawing", "question", "text"]
+    records = read(written(folder, [PUBLISHED, LLAVA, TEXT], lines=lines))
+    assert [record.kind for record in records.scan() if isinstance(record, Record)] == ["drawing", "question", "text"]
     source = Records(records, 32)
     assert source.kinds() == {"drawing", "question", "text"}
     both = source.example("drawing", 0, 0, "train")
@@ -81,7 +86,7 @@ def test_both_forms_become_examples(folder: Path, model: VARGPT, lines: bool) ->
 
 def test_every_record_comes_once_each_time_through(folder: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": str(i)}, *TEXT["messages"][1:]]} for i in range(19)]
-    source = Records(read_records(written(folder, rows)), 32)
+    source = Records(read(written(folder, rows)), 32)
     first, second = (
         [source.example("text", 0, 19 * time + i, "train").messages[0]["content"] for i in range(19)]
         for time in range(2)
@@ -93,7 +98,7 @@ def test_every_record_comes_once_each_time_through(folder: Path) -> None:
 
 def test_validation_records_are_not_trained_on(folder: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": str(i)}, *TEXT["messages"][1:]]} for i in range(60)]
-    source = Records(read_records(written(folder, rows)), 32)
+    source = Records(read(written(folder, rows)), 32)
     texts = {
         split: {source.example("text", 0, i, split).messages[0]["content"] for i in range(200)}
         for split in ("train", "validation")
@@ -104,7 +109,7 @@ def test_validation_records_are_not_trained_on(folder: Path) -> None:
 
 
 def test_random_crops_follow_from_seed_and_number(folder: Path) -> None:
-    source = Records(read_records(written(folder, [PUBLISHED])), 32)
+    source = Records(read(written(folder, [PUBLISHED])), 32)
 
     def drawing(index: int) -> torch.Tensor:
         drawn = source.example("drawing", 0, index, "train").drawings[0]
@@ -117,9 +122,9 @@ def test_random_crops_follow_from_seed_and_number(folder: Path) -> None:
 
 def test_cached_tokens_are_those_of_the_picture(folder: Path, model: VARGPT, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.vqvae is not None
-    paths = [folder / f"{name}.png" for name in PHOTOS]
+    paths = [Picture(record="line 1", file=folder / f"{name}.png") for name in PHOTOS]
     cache = TokenCache(folder / "tokens", paths, model.vqvae, torch.device("cpu"), batch=2)
-    records = read_records(written(folder, [PUBLISHED]))
+    records = read(written(folder, [PUBLISHED]))
     batches = [
         collate(model, [Records(records, 32, kept).example("drawing", 0, 0, "validation")]).drawings
         for kept in (None, cache)
@@ -141,7 +146,7 @@ def test_cached_tokens_are_those_of_the_picture(folder: Path, model: VARGPT, mon
 
 def test_a_mixture_follows_its_weights(folder: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "mine"}, *TEXT["messages"][1:]]}]
-    records = Records(read_records(written(folder, rows)), 32)
+    records = Records(read(written(folder, rows)), 32)
     mixture = Mixture([ShapeChats("nano", 32, plan=False), records], [1.0, 3.0])
     assert mixture.kinds() == {"drawing", "question", "text"}
     mine = [mixture.example("text", 0, i, "train").messages[0]["content"] == "mine" for i in range(2000)]
@@ -161,12 +166,4 @@ def test_a_mixture_follows_its_weights(folder: Path) -> None:
 )
 def test_bad_records_are_named(folder: Path, row: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        read_records(written(folder, [row]))
-
-
-def test_a_file_of_no_records_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "broken.json"
-    file.write_text("[{")
-    for path in (file, tmp_path / "absent.json"):
-        with pytest.raises(ValueError, match=f"cannot read records from .*{path.name}"):
-            read_records(path)
+        Records(read(written(folder, [row])), 32)
