@@ -1,7 +1,7 @@
 """Look for bad records: ``python -m experiments.validate_data FILE ... [--images DIR] [--fast]``.
 
-FILE is a record file (``experiments/data/records.py``) or a pattern such as ``'data/train-*.parquet'``. Every bad record
-gets one line on standard output: the one that a training would stop at. Exits with 1 where there are any.
+FILE is a record file (``experiments/data/records.py``) or a pattern such as ``'data/train-*.parquet'``. Every bad
+record gets one line on standard output: the one that a training would stop at. Exits with 1 where there are any.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _line(error: ValueError) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="record files, or patterns")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures (by default each file's own)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures (each file's own)")
     parser.add_argument("--fast", action="store_true", help="only find the pictures' files, do not read them")
     options = parser.parse_args(arguments)
     bad: list[int] = []

@@ -143,13 +143,7 @@ class ParquetRows:
     """
 
     def __init__(self, file: Path) -> None:
-        try:
-            from pyarrow import parquet
-        except ModuleNotFoundError:
-            raise ValueError(f"{file} needs pyarrow: pip install 'vargpt[data]'") from None
-        self.file = file
-        with self._reading():
-            self._parquet = parquet.ParquetFile(file)
+        self.file, self._parquet = file, open_parquet(file)
         leaves = [self._parquet.schema.column(i).path for i in range(len(self._parquet.schema))]
         self._columns = [leaf for leaf in leaves if leaf.split(".")[0] in COLUMNS]
         if not {leaf.split(".")[0] for leaf in self._columns} & {"messages", "conversations"}:
@@ -161,19 +155,8 @@ class ParquetRows:
         self._starts = np.cumsum([0, *(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))])
         self._group = lru_cache(maxsize=GROUPS)(self._read)
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        from pyarrow import ArrowException
-
-        try:
-            yield
-        except (ArrowException, OSError) as error:
-            size = self.file.stat().st_size if self.file.is_file() else 0
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"cannot read {self.file} as parquet ({size} bytes: {reason})") from None
-
     def _read(self, group: int) -> Any:
-        with self._reading():
+        with reading_parquet(self.file):
             return self._parquet.read_row_group(group, columns=self._columns)
 
     def __len__(self) -> int:
@@ -186,13 +169,39 @@ class ParquetRows:
         return np.repeat(np.arange(1, len(self._starts)), np.diff(self._starts))
 
     def scan(self) -> Iterator[Any]:
-        with self._reading():
+        with reading_parquet(self.file):
             for batch in self._parquet.iter_batches(1024, columns=self._light):
                 yield from batch.to_pylist()
 
     def row(self, i: int) -> Any:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1
         return self._group(group).slice(i - int(self._starts[group]), 1).to_pylist()[0]
+
+
+def open_parquet(file: Path) -> Any:
+    """A ``pyarrow.parquet.ParquetFile``.
+
+    Raises:
+        ValueError: one line that says why the file cannot be read, or that pyarrow is missing.
+    """
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError:
+        raise ValueError(f"to read {file}, install pyarrow: pip install 'vargpt[data]'") from None
+    with reading_parquet(file):
+        return ParquetFile(file)
+
+
+@contextmanager
+def reading_parquet(file: Path) -> Iterator[None]:
+    """Turn what pyarrow raises into one line."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        size = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
+        raise ValueError(f"cannot read {file} as parquet ({size}: {str(error).splitlines()[0]})") from None
 
 
 def open_rows(file: Path) -> Rows:
