@@ -1,9 +1,9 @@
-"""Emoji as real pictures to train on: ``python -m experiments.prepare_emoji DIR [--out runs/emoji] [--skins]``.
+"""Emoji as real pictures to train on: ``python -m experiments.prepare_emoji DIR [--out runs/emoji-data] [--skins]``.
 
 DIR holds two npm packages, which nothing here downloads; with npm this brings them:
 ``npm install --prefix DIR emoji-datasource-google@16 emojibase-data@17``. The pictures are Google's (Apache-2.0), the
 labels Unicode's. OUT gets ``pictures/`` and ``records.jsonl``: for each emoji a request to draw it and a question what
-it is. The trainings ``emoji`` (of ``experiments.train_tokenizer`` and ``experiments.train``) read ``runs/emoji``.
+it is. The trainings ``emoji`` (of ``experiments.train_tokenizer`` and ``experiments.train``) read ``runs/emoji-data``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def prepare(folder: Path, out: Path, *, skins: bool) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that holds node_modules")
-    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder to write (runs/emoji)")
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji-data"), help="folder to write (runs/emoji-data)")
     parser.add_argument("--skins", action="store_true", help="also those that differ by the colour of the skin alone")
     options = parser.parse_args(arguments)
     return exit_code(lambda: prepare(options.folder, options.out, skins=options.skins))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,18 +19,18 @@ _READS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _WRITES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def load_image(source: str | os.PathLike[str] | BinaryIO, *, name: str | None = None) -> Image.Image:
+def load_image(source: str | os.PathLike[str] | bytes, *, name: str | None = None) -> Image.Image:
     """The picture in a file as RGB, the right way up (EXIF), transparent parts white; the first frame of several.
 
     Args:
-        source: the file's path, or an open file.
-        name: what an error calls it; by default its path.
+        source: the file's path, or its bytes.
+        name: what an error calls it; by default the path.
 
     Raises:
         ValueError: one line that says why the file is no picture: missing, truncated, too large, of another kind.
     """
     try:
-        with Image.open(source, formats=_READS) as file:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_READS) as file:
             return _as_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error and more
         raise ValueError(f"not a picture: {name or source} ({_reason(error)}); use a PNG, JPEG or WebP file") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,8 +48,6 @@ class Picture:
         """
         try:
             content = self.file if self.fetch is None else self.fetch()
-            if isinstance(content, Path):
-                return load_image(content)
-            return load_image(BytesIO(content), name=self.inside)
+            return load_image(content, name=str(content) if isinstance(content, Path) else self.inside)
         except ValueError as error:
             raise BadRecord(f"{self.record}: {error}") from None
