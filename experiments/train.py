@@ -240,10 +240,11 @@ def _examples(
 
 
 def without_prompt(example: Example) -> Example:
-    """The same drawings in reply to an empty message, with no word of a plan."""
+    """The same drawings in reply to one empty message, with no word of a plan and nothing to look at."""
     marks = IMAGE_GEN * len(example.drawings)
-    silent = [{**m, "content": "" if m["role"] == "user" else marks} for m in example.messages]
-    return dataclasses.replace(example, messages=silent)
+    return Example(
+        messages=({"role": "user", "content": ""}, {"role": "assistant", "content": marks}), drawings=example.drawings
+    )
 
 
 def forward(model: VARGPT, batch: Batch) -> VargptOutput:

@@ -22,8 +22,8 @@ from experiments.data.record_files import record_files
 from experiments.data.records import Record, RecordFiles
 from experiments.run import exit_code
 
-CHUNK = 1024
-"""Records whose pictures are looked at together."""
+BATCH = 32
+"""Records that one thread looks at together, and such batches that are held in memory."""
 
 
 def faults(file: Path, images: Path | None, *, fast: bool = False) -> Iterator[BadRecord | None]:
@@ -37,14 +37,18 @@ def faults(file: Path, images: Path | None, *, fast: bool = False) -> Iterator[B
         ValueError: the file cannot be read (on), for a reason that is no single record's.
     """
     records = RecordFiles([file], images).scan()
+    batches = iter(lambda: list(islice(records, BATCH)), [])
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without Python's lock
-        while some := list(islice(records, CHUNK)):
-            yield from pool.map(partial(_fault, fast=fast), some)
+        while some := list(islice(batches, BATCH)):
+            for found in pool.map(partial(_faults, fast=fast), some):
+                yield from found
 
 
-def _fault(record: Record | BadRecord, fast: bool) -> BadRecord | None:
-    if isinstance(record, BadRecord):
-        return record
+def _faults(records: list[Record | BadRecord], fast: bool) -> list[BadRecord | None]:
+    return [record if isinstance(record, BadRecord) else _fault(record, fast) for record in records]
+
+
+def _fault(record: Record, fast: bool) -> BadRecord | None:
     for picture in record.images:
         if not (fast and picture.file.is_file()):
             found = attempt(picture.load)

@@ -24,7 +24,7 @@ def load_image(source: str | os.PathLike[str] | bytes, *, name: str | None = Non
 
     Args:
         source: the file's path, or its bytes.
-        name: what an error calls it; by default the path.
+        name: what an error calls it; by default its path.
 
     Raises:
         ValueError: one line that says why the file is no picture: missing, truncated, too large, of another kind.
@@ -33,7 +33,8 @@ def load_image(source: str | os.PathLike[str] | bytes, *, name: str | None = Non
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_READS) as file:
             return _as_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error and more
-        raise ValueError(f"not a picture: {name or source} ({_reason(error)}); use a PNG, JPEG or WebP file") from error
+        called = name or ("bytes" if isinstance(source, bytes) else source)
+        raise ValueError(f"not a picture: {called} ({_reason(error)}); use a PNG, JPEG or WebP file") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

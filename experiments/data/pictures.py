@@ -48,6 +48,6 @@ class Picture:
         """
         try:
             content = self.file if self.fetch is None else self.fetch()
-            return load_image(content, name=str(content) if isinstance(content, Path) else self.inside)
+            return load_image(content, name=self.inside if isinstance(content, bytes) else None)
         except ValueError as error:
             raise BadRecord(f"{self.record}: {error}") from None

@@ -213,9 +213,10 @@ class Records:
         # Too few records to have any for validation: the training ones must do.
         part: Split = split if (split, kind) in self._numbers else "train"
         numbers = self._numbers[part, kind]
-        for place in range(index, index + len(numbers)):
-            time, rank = divmod(place, len(numbers))
-            number = int(self._order(part, kind, seed, time)[rank])
+        time, place = divmod(index, len(numbers))
+        order = self._order(part, kind, seed, time)
+        for later in range(len(numbers)):
+            number = int(order[(place + later) % len(numbers)])
             if number in self._unusable:
                 continue
             try:

@@ -73,7 +73,7 @@ def test_a_damaged_member_of_a_list_is_one_bad_record(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     parquet(tmp_path / "other.parquet", {"text": ["a"]}, 1)
-    with pytest.raises(ValueError, match="other.parquet has no column messages or conversations, but text"):
+    with pytest.raises(ValueError, match=r"other.parquet has no column messages or conversations, but text"):
         open_rows(tmp_path / "other.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "other.parquet").read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"cannot read .*cut.parquet as parquet \(\d+ bytes: "):

@@ -16,6 +16,7 @@ from experiments.data.pictures import Picture
 from experiments.data.records import Record, RecordFiles, Records
 from experiments.data.shapes_chat import ShapeChats
 from experiments.data.token_cache import TokenCache
+from experiments.train import without_prompt
 from vargpt.build import build
 from vargpt.checkpoint import ASSETS
 from vargpt.config import NANO
@@ -23,7 +24,7 @@ from vargpt.model import VARGPT
 from vargpt.text import SentencePieceTokenizer
 
 PHOTOS = ("astronaut", "chelsea", "coffee")
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "messages": [
         {"role": "user", "content": "What is this? <image>"},
         {"role": "assistant", "content": "A cat. Here is another view: <image_gen>"},
@@ -40,7 +41,7 @@ LLAVA = {
         {"from": "gpt", "value": "Yes."},
     ],
 }
-TEXT = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
+TEXT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,16 @@ def test_cached_tokens_are_those_of_the_picture(folder: Path, model: VARGPT, mon
     TokenCache(folder / "tokens", paths, other, torch.device("cpu"))
     assert len(files) == 1
     assert len(list((folder / "tokens").iterdir())) == 2
+
+
+def test_a_conversation_loses_its_prompt_and_keeps_its_drawings(folder: Path, model: VARGPT) -> None:
+    several = {**PUBLISHED, "messages": [*PUBLISHED["messages"], *TEXT["messages"]]}
+    example = Records(read(written(folder, [several])), 32).example("drawing", 0, 0, "train")
+    silent = without_prompt(example)
+    batch = collate(model, [silent])
+    assert batch.pixel_values is None
+    assert batch.drawings is not None
+    assert [m["content"] for m in silent.messages] == ["", "<image_gen>"]
 
 
 def test_a_mixture_follows_its_weights(folder: Path) -> None:
