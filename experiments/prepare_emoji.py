@@ -26,6 +26,7 @@ from vargpt.text import IMAGE, IMAGE_GEN
 
 PICTURES = Path("node_modules", "emoji-datasource-google", "img", "google", "64")
 LABELS = Path("node_modules", "emojibase-data", "en", "data.json")
+OUT = Path("runs", "emoji-data")
 BORDER = 4
 """White pixels around a picture's 64, so that the square which training cuts out of 9/8 of its side is the picture."""
 
@@ -89,7 +90,7 @@ def prepare(folder: Path, out: Path, *, skins: bool) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that holds node_modules")
-    parser.add_argument("--out", type=Path, default=Path("runs/emoji-data"), help="folder to write (runs/emoji-data)")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder to write ({OUT})")
     parser.add_argument("--skins", action="store_true", help="also those that differ by the colour of the skin alone")
     options = parser.parse_args(arguments)
     return exit_code(lambda: prepare(options.folder, options.out, skins=options.skins))

@@ -75,6 +75,11 @@ class RecordFiles:
         self._rows = [open_rows(file) for file in files]
         self._ends = np.cumsum([len(rows) for rows in self._rows])
 
+    @property
+    def name(self) -> str:
+        """What people call the files."""
+        return ", ".join(str(rows.file) for rows in self._rows)
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
@@ -177,6 +182,7 @@ class Records:
 
     Raises:
         BadRecord: if bad ones stop it, the first that is in neither form.
+        ValueError: there is none to train on.
     """
 
     def __init__(
@@ -204,10 +210,15 @@ class Records:
         }
         self._numbers = {key: numbers for key, numbers in chosen.items() if len(numbers)}
         self._groups = {key: groups[numbers] for key, numbers in self._numbers.items()}
+        if not self.kinds():
+            raise ValueError(f"{files.name} holds no record that can be trained on")
         self._order = lru_cache(maxsize=8)(self._make_order)
 
-    def kinds(self) -> frozenset[Kind]:
-        return frozenset(kind for split, kind in self._numbers if split == "train")
+    def kinds(self) -> Mapping[Kind, float]:
+        counts: dict[Kind, int] = {
+            kind: len(numbers) for (split, kind), numbers in self._numbers.items() if split == "train"
+        }
+        return {kind: count / sum(counts.values()) for kind, count in counts.items()}
 
     def example(self, kind: Kind, seed: int, index: int, split: Split) -> Example:
         # Too few records to have any for validation: the training ones must do.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from experiments.data.pictures import Picture
 from experiments.data.records import Record, RecordFiles, Records
 from experiments.data.shapes_chat import ShapeChats
 from experiments.data.token_cache import TokenCache
-from experiments.train import without_prompt
+from experiments.run import settings
+from experiments.train import Rows, Training, without_prompt
 from vargpt.build import build
 from vargpt.checkpoint import ASSETS
 from vargpt.config import NANO
@@ -24,6 +26,7 @@ from vargpt.model import VARGPT
 from vargpt.text import SentencePieceTokenizer
 
 PHOTOS = ("astronaut", "chelsea", "coffee")
+NAMED = [f"stages.{stage}.data.{i}.records=x" for stage, count in enumerate((1, 3, 2)) for i in range(count)]
 PUBLISHED: dict[str, Any] = {
     "messages": [
         {"role": "user", "content": "What is this? <image>"},
@@ -71,7 +74,7 @@ def test_both_forms_become_examples(folder: Path, model: VARGPT, lines: bool) ->
     records = read(written(folder, [PUBLISHED, LLAVA, TEXT], lines=lines))
     assert [record.kind for record in records.scan() if isinstance(record, Record)] == ["drawing", "question", "text"]
     source = Records(records, 32)
-    assert source.kinds() == {"drawing", "question", "text"}
+    assert set(source.kinds()) == {"drawing", "question", "text"}
     both = source.example("drawing", 0, 0, "train")
     assert both.images[0].size == (451, 300)
     assert [d.shape for d in both.drawings if isinstance(d, torch.Tensor)] == [(3, 32, 32)]
@@ -159,10 +162,34 @@ def test_a_mixture_follows_its_weights(folder: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "mine"}, *TEXT["messages"][1:]]}]
     records = Records(read(written(folder, rows)), 32)
     mixture = Mixture([ShapeChats("nano", 32, plan=False), records], [1.0, 3.0])
-    assert mixture.kinds() == {"drawing", "question", "text"}
+    assert set(mixture.kinds()) == {"drawing", "question", "text"}
     mine = [mixture.example("text", 0, i, "train").messages[0]["content"] == "mine" for i in range(2000)]
     assert 0.7 < sum(mine) / 2000 < 0.8
     assert mixture.example("drawing", 0, 0, "train").drawings  # of the only source that has any
+
+
+def test_mixed_examples_keep_the_published_proportions(folder: Path) -> None:
+    """Those of stage 2: LLaVA-1.5, OneVision and a few drawings; a kind is as frequent as the records that have it."""
+    _, config = settings("train", Training, ["published", "tokenizer=x", "start=[]", *NAMED])
+    kinds = ([LLAVA, LLAVA, TEXT], [LLAVA], [PUBLISHED])
+    sources = [Records(read(written(folder, rows)), 32) for rows in kinds]
+    mixture = Mixture(sources, [data.weight for data in config.stages[1].data])
+    assert config.stages[1].rows == Rows(mixed=8)
+    assert [data.weight for data in config.stages[2].data] == [130, 1270]
+    picked = Counter(mixture.any_example(0, i)[0] for i in range(1000))
+    total = 665 + 508 + 5
+    assert mixture.kinds() == pytest.approx(
+        {"question": (665 * 2 / 3 + 508) / total, "text": 665 / 3 / total, "drawing": 5 / total}
+    )
+    for kind, share in mixture.kinds().items():
+        assert picked[kind] == pytest.approx(1000 * share, abs=4 * (1000 * share) ** 0.5)
+    assert mixture.any_example(0, 7) == mixture.any_example(0, 7)
+
+
+def test_a_file_without_usable_records_is_refused(folder: Path) -> None:
+    file = written(folder, [{"messages": []}])
+    with pytest.raises(ValueError, match=r"records.json holds no record that can be trained on"):
+        Records(read(file), 32, bad="skip")
 
 
 @pytest.mark.parametrize(
