@@ -172,7 +172,10 @@ def test_mixed_examples_keep_the_published_proportions(folder: Path) -> None:
     """Those of stage 2: LLaVA-1.5, OneVision and a few drawings; a kind is as frequent as the records that have it."""
     _, config = settings("train", Training, ["published", "tokenizer=x", "start=[]", *NAMED])
     kinds = ([LLAVA, LLAVA, TEXT], [LLAVA], [PUBLISHED])
-    sources = [Records(read(written(folder, rows)), 32) for rows in kinds]
+    sources = []
+    for i, rows in enumerate(kinds):
+        file = written(folder, rows).rename(folder / f"{i}.json")
+        sources.append(Records(read(file), 32))
     mixture = Mixture(sources, [data.weight for data in config.stages[1].data])
     assert config.stages[1].rows == Rows(mixed=8)
     assert [data.weight for data in config.stages[2].data] == [130, 1270]
