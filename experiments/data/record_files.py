@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
+import weakref
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,29 +66,31 @@ class JsonRows:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._starts, self._lengths, self._numbers = array("q"), array("q"), array("q")
-        with file.open("rb") as stream:
-            self._content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        first = re.search(rb"\S", self._content)
-        self._list = first is not None and first[0] == b"["
-        if self._list:
-            self._find_members()
-        else:
-            self._find_lines()
+        # Rows are read, not mapped: a file that is overwritten while in use then gives bad records, and no SIGBUS.
+        self._descriptor = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        with mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ) as content:
+            first = re.search(rb"\S", content)
+            self._list = first is not None and first[0] == b"["
+            if self._list:
+                self._find_members(content)
+            else:
+                self._find_lines(content)
 
     def _add(self, start: int, end: int, number: int) -> None:
         self._starts.append(start)
         self._lengths.append(end - start)
         self._numbers.append(number)
 
-    def _find_lines(self) -> None:
+    def _find_lines(self, content: mmap.mmap) -> None:
         start = 0
-        for number, line in enumerate(iter(self._content.readline, b""), start=1):
+        for number, line in enumerate(iter(content.readline, b""), start=1):
             if line.strip():
                 self._add(start, start + len(line), number)
             start += len(line)
 
-    def _find_members(self) -> None:
-        content, depth, start, end = self._content, 0, 0, 0
+    def _find_members(self, content: mmap.mmap) -> None:
+        depth, start, end = 0, 0, 0
         for token in re.finditer(rb'(?s)"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', content):
             if token[0] in b"[{":
                 depth += 1
@@ -124,9 +128,8 @@ class JsonRows:
             yield attempt(partial(self.row, i))
 
     def row(self, i: int) -> Any:
-        start = self._starts[i]
         try:
-            return json.loads(self._content[start : start + self._lengths[i]])
+            return json.loads(os.pread(self._descriptor, self._lengths[i], self._starts[i]))
         except UnicodeDecodeError:
             raise BadRecord(f"{self.name(i)} is not UTF-8") from None
         except RecursionError:
