@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -151,13 +152,20 @@ class Run:
             file.write(save(copies, metadata={"step": str(self.step)}))
 
     def log(self, values: Mapping[str, float | list[float]]) -> None:
-        """Write scalars (and lists of them) of the current step."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
-        for name, value in values.items():
-            for i, number in enumerate(value if isinstance(value, list) else [value]):
-                self._board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, number, self.step)
-        self._board.flush()
+        """Write scalars (and lists of them) of the current step.
+
+        Raises:
+            ValueError: one line that says why they cannot be written.
+        """
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            for name, value in values.items():
+                for i, number in enumerate(value if isinstance(value, list) else [value]):
+                    self._board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, number, self.step)
+            self._board.flush()
+        except OSError as error:
+            raise ValueError(f"cannot write into {self.folder} ({error.strerror or error})") from None
 
     def picture(self, name: str, image_3HW: Tensor) -> None:
         """Leave a picture in [-1, 1] where a person will look: ``samples/NAME-STEP.png`` and TensorBoard."""
@@ -247,15 +255,25 @@ def settings(section: str, cls: type[Config], arguments: list[str]) -> tuple[str
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run a command; a mistake or an interrupt becomes one line and exit code 2."""
+    """Run a command; a mistake, an interrupt or a full disk becomes one line and exit code 2."""
+    hook = threading.excepthook
+
+    def thread_error(error: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread of its own. Where it cannot, the run is told by its next call, and ends.
+        if not isinstance(error.exc_value, OSError):
+            hook(error)
+
+    threading.excepthook = thread_error
     try:
         command()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; a training goes on from its last saved step by the same command", file=sys.stderr)
         return 2
+    finally:
+        threading.excepthook = hook
     return 0
 
 

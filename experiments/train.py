@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import vargpt.llm.layers
 import vargpt.var.layers
 from experiments.data.chat import Batch, ConversationSource, Example, Kind, Mixture, collate, index_maps
-from experiments.data.records import Records, read_records
+from experiments.data.record_files import record_files
+from experiments.data.records import Record, RecordFiles, Records
 from experiments.data.shapes import WORLDS, Split, summary, vocabulary
 from experiments.data.shapes_chat import ShapeChats
 from experiments.data.token_cache import TokenCache
@@ -42,12 +43,15 @@ TOKENIZER = ASSETS / "tiny"
 
 @dataclass(frozen=True, kw_only=True)
 class ChatData:
-    """Where conversations come from: ``world`` names a level of the small world, ``records`` a file of records."""
+    """Where conversations come from: ``world`` names a level of the small world, ``records`` files of records."""
 
     world: Literal["nano", "full"] | None = None
     records: str | None = None
+    """A file, or a pattern such as ``data/train-*.parquet``."""
     images: str | None = None
     """Folder of the records' pictures; by default the one that their file is in."""
+    bad: Literal["stop", "skip"] = "stop"
+    """What to do about a record that cannot be used: end the training, or say it, count it and take another."""
     weight: float = 1.0
     """How often examples are taken from here, beside other sources of the same kind."""
     cache: bool = False
@@ -55,18 +59,27 @@ class ChatData:
 
     def __post_init__(self) -> None:
         if (self.world is None) == (self.records is None):
-            raise ValueError("data names either a world or a file of records")
+            raise ValueError("data names either a world or files of records")
         if self.weight <= 0:
             raise ValueError(f"the weight of data must be above 0, not {self.weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """How many examples of each kind make up one step."""
+    """How many examples of each kind make up one step, and how many of whatever kind.
+
+    ``mixed`` ones keep the proportions of the data: sources by their weights, kinds by their shares of each source. The
+    numbers of the kinds then differ from step to step.
+    """
 
     drawing: int = 0
     question: int = 0
     text: int = 0
+    mixed: int = 0
+
+    def kinds(self, source: ConversationSource) -> list[Kind]:
+        """The kinds that are trained on."""
+        return [k for k in get_args(Kind) if getattr(self, k) or (self.mixed and k in source.kinds())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +166,7 @@ def assemble(config: Training) -> VargptConfig:
 class StageTrainer:
     """Everything that changes during one stage."""
 
-    def __init__(self, config: Training, stage: Stage, model: VARGPT, source: ConversationSource) -> None:
+    def __init__(self, config: Training, stage: Stage, model: VARGPT, source: Mixture) -> None:
         self.config, self.stage, self.model, self.source = config, stage, model, source
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(stage.trains) and not name.startswith("vqvae."))
@@ -198,19 +211,18 @@ class StageTrainer:
 
     def _batches(self, number: int) -> list[Batch]:
         c, rows = self.config, self.stage.rows
+        examples = {k: _examples(self.source, k, c.seed, number, getattr(rows, k)) for k in get_args(Kind)}
+        for i in range(rows.mixed):
+            kind, example = self.source.any_example(c.seed, number * rows.mixed + i)
+            examples[kind].append(example)
         batches = []
-        if rows.drawing:
-            examples = _examples(self.source, "drawing", c.seed, number, rows.drawing)
+        if drawings := examples.pop("drawing"):
             random = step_generator(c.seed, number, stream=2)
-            dropped = (torch.rand(rows.drawing, generator=random) < c.drop).tolist()
+            dropped = (torch.rand(len(drawings), generator=random) < c.drop).tolist()
             if c.drop_prompt:
-                examples = [without_prompt(e) if d else e for e, d in zip(examples, dropped, strict=True)]
-            batches.append(collate(self.model, examples, dropped=dropped))
-        if rows.question:
-            batches.append(collate(self.model, _examples(self.source, "question", c.seed, number, rows.question)))
-        if rows.text:
-            batches.append(collate(self.model, _examples(self.source, "text", c.seed, number, rows.text)))
-        return batches
+                drawings = [without_prompt(e) if d else e for e, d in zip(drawings, dropped, strict=True)]
+            batches.append(collate(self.model, drawings, dropped=dropped))
+        return batches + [collate(self.model, others) for others in examples.values() if others]
 
     def averaged(self) -> VARGPT:
         """The model with the running mean of its weights, for use."""
@@ -236,10 +248,11 @@ def _examples(
 
 
 def without_prompt(example: Example) -> Example:
-    """The same drawings in reply to an empty message, with no word of a plan."""
+    """The same drawings in reply to one empty message, with no word of a plan and nothing to look at."""
     marks = IMAGE_GEN * len(example.drawings)
-    silent = [{**m, "content": "" if m["role"] == "user" else marks} for m in example.messages]
-    return dataclasses.replace(example, messages=silent)
+    return Example(
+        messages=({"role": "user", "content": ""}, {"role": "assistant", "content": marks}), drawings=example.drawings
+    )
 
 
 def forward(model: VARGPT, batch: Batch) -> VargptOutput:
@@ -267,8 +280,8 @@ def losses(out: VargptOutput) -> dict[str, float]:
 def validation_losses(model: VARGPT, source: ConversationSource, rows: Rows, count: int) -> dict[str, float]:
     """Mean losses on conversations that are never trained on."""
     sums: dict[str, float] = {}
-    for kind in get_args(Kind):
-        for part in range(-(-count // 32) if getattr(rows, kind) else 0):
+    for kind in rows.kinds(source):
+        for part in range(-(-count // 32)):
             examples = _examples(source, kind, 0, part, 32, "validation")
             for name, loss in losses(forward(model, collate(model, examples))).items():
                 key = f"validation/{name if name != 'answer' else kind}"
@@ -311,7 +324,7 @@ def _take_over(model: VARGPT, given: VARGPT, name: str) -> None:
         own.load_state_dict(theirs)
 
 
-def _source(config: Training, stage: Stage, model: VARGPT, folder: Path) -> ConversationSource:
+def _source(config: Training, stage: Stage, model: VARGPT, folder: Path) -> Mixture:
     """The conversations of a stage."""
     vqvae = require(model.vqvae, "image tokenizer")
     sources: list[ConversationSource] = []
@@ -321,14 +334,14 @@ def _source(config: Training, stage: Stage, model: VARGPT, folder: Path) -> Conv
             sources.append(ShapeChats(data.world, vqvae.image_size, plan=config.plan))
             continue
         assert data.records is not None
-        records = read_records(Path(data.records), Path(data.images) if data.images else None)
+        files = RecordFiles(record_files(data.records), Path(data.images) if data.images else None)
         cache = None
         if data.cache:
-            paths = [path for record in records for path in record.drawings]
-            cache = TokenCache(folder / "image_tokens", paths, vqvae, model.device)
-        sources.append(Records(records, vqvae.image_size, cache))
+            drawings = (picture for record in files.scan() if isinstance(record, Record) for picture in record.drawings)
+            cache = TokenCache(folder / "image_tokens", drawings, vqvae, model.device, bad=data.bad)
+        sources.append(Records(files, vqvae.image_size, cache, bad=data.bad))
     if not sources:
-        raise ValueError(f"stage {stage.name!r} has no data: name a world or a file of records")
+        raise ValueError(f"stage {stage.name!r} has no data: name a world or files of records")
     mixture = Mixture(sources, [data.weight for data in chosen])
     for kind in get_args(Kind):
         if getattr(stage.rows, kind) and kind not in mixture.kinds():
@@ -336,7 +349,7 @@ def _source(config: Training, stage: Stage, model: VARGPT, folder: Path) -> Conv
     return mixture
 
 
-def _train_stage(config: Training, stage: Stage, model: VARGPT, source: ConversationSource, folder: Path) -> VARGPT:
+def _train_stage(config: Training, stage: Stage, model: VARGPT, source: Mixture, folder: Path) -> VARGPT:
     trainer = StageTrainer(config, stage, model, source)
     whole = {"training": described(config), "stage": stage.name}
     run = Run(folder, whole, {"model": model, "ema": trainer.ema, **trainer.optimizers})
@@ -344,7 +357,7 @@ def _train_stage(config: Training, stage: Stage, model: VARGPT, source: Conversa
     def evaluate() -> None:
         averaged = trainer.averaged()
         run.log(validation_losses(averaged, source, stage.rows, config.validation))
-        if stage.rows.drawing:
+        if "drawing" in stage.rows.kinds(source):
             run.picture("drawings", drawn_grid(averaged, source))
 
     run.train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,22 @@ _READS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _WRITES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
+def load_image(source: str | os.PathLike[str] | bytes, *, name: str | None = None) -> Image.Image:
     """The picture in a file as RGB, the right way up (EXIF), transparent parts white; the first frame of several.
+
+    Args:
+        source: the file's path, or its bytes.
+        name: what an error calls it; by default its path.
 
     Raises:
         ValueError: one line that says why the file is no picture: missing, truncated, too large, of another kind.
     """
     try:
-        with Image.open(path, formats=_READS) as file:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_READS) as file:
             return _as_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error and more
-        raise ValueError(f"not a picture: {path} ({_reason(error)}); use a PNG, JPEG or WebP file") from error
+        called = name or ("bytes" if isinstance(source, bytes) else source)
+        raise ValueError(f"not a picture: {called} ({_reason(error)}); use a PNG, JPEG or WebP file") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -38,8 +38,8 @@ class Example:
 class ConversationSource(Protocol):
     """Examples that follow from their number alone."""
 
-    def kinds(self) -> frozenset[Kind]:
-        """The kinds of example that it has."""
+    def kinds(self) -> Mapping[Kind, float]:
+        """The kinds of example that it has, and each one's share of them."""
         ...
 
     def example(self, kind: Kind, seed: int, index: int, split: Split) -> Example:
@@ -53,14 +53,26 @@ class Mixture:
     def __init__(self, sources: Sequence[ConversationSource], weights: Sequence[float]) -> None:
         self._sources, self._weights = sources, weights
 
-    def kinds(self) -> frozenset[Kind]:
-        return frozenset(kind for source in self._sources for kind in source.kinds())
+    def kinds(self) -> Mapping[Kind, float]:
+        shares: dict[Kind, float] = {}
+        for source, weight in zip(self._sources, self._weights, strict=True):
+            for kind, share in source.kinds().items():
+                shares[kind] = shares.get(kind, 0.0) + share * weight / sum(self._weights)
+        return shares
 
     def example(self, kind: Kind, seed: int, index: int, split: Split) -> Example:
         having = [i for i, source in enumerate(self._sources) if kind in source.kinds()]
         random = Random(f"mixture {kind} {split} {seed} {index}")
         chosen = random.choices(having, [self._weights[i] for i in having])[0]
         return self._sources[chosen].example(kind, seed, index, split)
+
+    def any_example(self, seed: int, index: int) -> tuple[Kind, Example]:
+        """An example to train on, of any source in proportion to its weight, and of any kind as often as it has it."""
+        random = Random(f"mixture {seed} {index}")
+        source = random.choices(self._sources, self._weights)[0]
+        shares = source.kinds()
+        kind = random.choices(list(shares), list(shares.values()))[0]
+        return kind, source.example(kind, seed, index, "train")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
 
 from PIL import Image
@@ -47,8 +48,8 @@ class ShapeChats:
         self.world: World = WORLDS[world]
         self._size, self._plan = size, plan
 
-    def kinds(self) -> frozenset[Kind]:
-        return frozenset(("drawing", "question", "text"))
+    def kinds(self) -> Mapping[Kind, float]:
+        return {"drawing": 1 / 3, "question": 1 / 3, "text": 1 / 3}
 
     def example(self, kind: Kind, seed: int, index: int, split: Split) -> Example:
         """A drawing, questions about a picture, or turns without pictures."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 from PIL import Image
 
 from experiments.data.chat import Mixture, collate
-from experiments.data.records import Records, read_records
+from experiments.data.pictures import Picture
+from experiments.data.records import Record, RecordFiles, Records
 from experiments.data.shapes_chat import ShapeChats
 from experiments.data.token_cache import TokenCache
+from experiments.run import settings
+from experiments.train import Rows, Training, without_prompt
 from vargpt.build import build
 from vargpt.checkpoint import ASSETS
 from vargpt.config import NANO
@@ -22,7 +26,8 @@ from vargpt.model import VARGPT
 from vargpt.text import SentencePieceTokenizer
 
 PHOTOS = ("astronaut", "chelsea", "coffee")
-PUBLISHED = {
+NAMED = [f"stages.{stage}.data.{i}.records=x" for stage, count in enumerate((1, 3, 2)) for i in range(count)]
+PUBLISHED: dict[str, Any] = {
     "messages": [
         {"role": "user", "content": "What is this? <image>"},
         {"role": "assistant", "content": "A cat. Here is another view: <image_gen>"},
@@ -39,7 +44,7 @@ LLAVA = {
         {"from": "gpt", "value": "Yes."},
     ],
 }
-TEXT = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
+TEXT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +65,16 @@ def written(folder: Path, rows: list[Any], *, lines: bool = False) -> Path:
     return file
 
 
+def read(file: Path) -> RecordFiles:
+    return RecordFiles([file])
+
+
 @pytest.mark.parametrize("lines", [False, True])
 def test_both_forms_become_examples(folder: Path, model: VARGPT, lines: bool) -> None:
-    records = read_records(written(folder, [PUBLISHED, LLAVA, TEXT], lines=lines))
-    assert [record.kind for record in records] == ["drawing", "question", "text"]
+    records = read(written(folder, [PUBLISHED, LLAVA, TEXT], lines=lines))
+    assert [record.kind for record in records.scan() if isinstance(record, Record)] == ["drawing", "question", "text"]
     source = Records(records, 32)
-    assert source.kinds() == {"drawing", "question", "text"}
+    assert set(source.kinds()) == {"drawing", "question", "text"}
     both = source.example("drawing", 0, 0, "train")
     assert both.images[0].size == (451, 300)
     assert [d.shape for d in both.drawings if isinstance(d, torch.Tensor)] == [(3, 32, 32)]
@@ -81,7 +90,7 @@ def test_both_forms_become_examples(folder: Path, model: VARGPT, lines: bool) ->
 
 def test_every_record_comes_once_each_time_through(folder: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": str(i)}, *TEXT["messages"][1:]]} for i in range(19)]
-    source = Records(read_records(written(folder, rows)), 32)
+    source = Records(read(written(folder, rows)), 32)
     first, second = (
         [source.example("text", 0, 19 * time + i, "train").messages[0]["content"] for i in range(19)]
         for time in range(2)
@@ -93,7 +102,7 @@ def test_every_record_comes_once_each_time_through(folder: Path) -> None:
 
 def test_validation_records_are_not_trained_on(folder: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": str(i)}, *TEXT["messages"][1:]]} for i in range(60)]
-    source = Records(read_records(written(folder, rows)), 32)
+    source = Records(read(written(folder, rows)), 32)
     texts = {
         split: {source.example("text", 0, i, split).messages[0]["content"] for i in range(200)}
         for split in ("train", "validation")
@@ -104,7 +113,7 @@ def test_validation_records_are_not_trained_on(folder: Path) -> None:
 
 
 def test_random_crops_follow_from_seed_and_number(folder: Path) -> None:
-    source = Records(read_records(written(folder, [PUBLISHED])), 32)
+    source = Records(read(written(folder, [PUBLISHED])), 32)
 
     def drawing(index: int) -> torch.Tensor:
         drawn = source.example("drawing", 0, index, "train").drawings[0]
@@ -117,9 +126,9 @@ def test_random_crops_follow_from_seed_and_number(folder: Path) -> None:
 
 def test_cached_tokens_are_those_of_the_picture(folder: Path, model: VARGPT, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.vqvae is not None
-    paths = [folder / f"{name}.png" for name in PHOTOS]
+    paths = [Picture(record="line 1", file=folder / f"{name}.png") for name in PHOTOS]
     cache = TokenCache(folder / "tokens", paths, model.vqvae, torch.device("cpu"), batch=2)
-    records = read_records(written(folder, [PUBLISHED]))
+    records = read(written(folder, [PUBLISHED]))
     batches = [
         collate(model, [Records(records, 32, kept).example("drawing", 0, 0, "validation")]).drawings
         for kept in (None, cache)
@@ -139,14 +148,51 @@ def test_cached_tokens_are_those_of_the_picture(folder: Path, model: VARGPT, mon
     assert len(list((folder / "tokens").iterdir())) == 2
 
 
+def test_a_conversation_loses_its_prompt_and_keeps_its_drawings(folder: Path, model: VARGPT) -> None:
+    several = {**PUBLISHED, "messages": [*PUBLISHED["messages"], *TEXT["messages"]]}
+    example = Records(read(written(folder, [several])), 32).example("drawing", 0, 0, "train")
+    silent = without_prompt(example)
+    batch = collate(model, [silent])
+    assert batch.pixel_values is None
+    assert batch.drawings is not None
+    assert [m["content"] for m in silent.messages] == ["", "<image_gen>"]
+
+
 def test_a_mixture_follows_its_weights(folder: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "mine"}, *TEXT["messages"][1:]]}]
-    records = Records(read_records(written(folder, rows)), 32)
+    records = Records(read(written(folder, rows)), 32)
     mixture = Mixture([ShapeChats("nano", 32, plan=False), records], [1.0, 3.0])
-    assert mixture.kinds() == {"drawing", "question", "text"}
+    assert set(mixture.kinds()) == {"drawing", "question", "text"}
     mine = [mixture.example("text", 0, i, "train").messages[0]["content"] == "mine" for i in range(2000)]
     assert 0.7 < sum(mine) / 2000 < 0.8
     assert mixture.example("drawing", 0, 0, "train").drawings  # of the only source that has any
+
+
+def test_mixed_examples_keep_the_published_proportions(folder: Path) -> None:
+    """Those of stage 2: LLaVA-1.5, OneVision and a few drawings; a kind is as frequent as the records that have it."""
+    _, config = settings("train", Training, ["published", "tokenizer=x", "start=[]", *NAMED])
+    kinds = ([LLAVA, LLAVA, TEXT], [LLAVA], [PUBLISHED])
+    sources = []
+    for i, rows in enumerate(kinds):
+        file = written(folder, rows).rename(folder / f"{i}.json")
+        sources.append(Records(read(file), 32))
+    mixture = Mixture(sources, [data.weight for data in config.stages[1].data])
+    assert config.stages[1].rows == Rows(mixed=8)
+    assert [data.weight for data in config.stages[2].data] == [130, 1270]
+    picked = Counter(mixture.any_example(0, i)[0] for i in range(1000))
+    total = 665 + 508 + 5
+    assert mixture.kinds() == pytest.approx(
+        {"question": (665 * 2 / 3 + 508) / total, "text": 665 / 3 / total, "drawing": 5 / total}
+    )
+    for kind, share in mixture.kinds().items():
+        assert picked[kind] == pytest.approx(1000 * share, abs=4 * (1000 * share) ** 0.5)
+    assert mixture.any_example(0, 7) == mixture.any_example(0, 7)
+
+
+def test_a_file_without_usable_records_is_refused(folder: Path) -> None:
+    file = written(folder, [{"messages": []}])
+    with pytest.raises(ValueError, match=r"records.json holds no record that can be trained on"):
+        Records(read(file), 32, bad="skip")
 
 
 @pytest.mark.parametrize(
@@ -161,12 +207,4 @@ def test_a_mixture_follows_its_weights(folder: Path) -> None:
 )
 def test_bad_records_are_named(folder: Path, row: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        read_records(written(folder, [row]))
-
-
-def test_a_file_of_no_records_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "broken.json"
-    file.write_text("[{")
-    for path in (file, tmp_path / "absent.json"):
-        with pytest.raises(ValueError, match=f"cannot read records from .*{path.name}"):
-            read_records(path)
+        Records(read(written(folder, [row])), 32)

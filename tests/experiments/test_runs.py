@@ -211,7 +211,7 @@ def test_photographs_train_a_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["micro"], "unknown configuration 'micro': choose one of nano, tiny, vargpt-7b"),
+        (["micro"], "unknown configuration 'micro': choose one of emoji, nano, tiny, vargpt-7b"),
         (["nano", "batch"], "'batch' must be key=value"),
         (["nano", "batchsize=3"], "nano has no field 'batchsize'"),
         (["nano", "vqvae.patch_nums=[4,2]"], "must not decrease"),
