@@ -54,10 +54,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": GROUND | FILES | PARTS | WHOLE | {"config", "config_json", "build"},
     "checkpoint": GROUND | FILES | PARTS | WHOLE | {"config", "config_json", "build", "convert"},
     "verify": GROUND | FILES | PARTS | WHOLE | {"config", "config_json", "build", "convert", "checkpoint"},
+    "inference": GROUND | FILES | PARTS | WHOLE,
     # The public functions, and those who use them.
     "api": GROUND | FILES | PARTS | WHOLE | ASSEMBLY,
-    "cli": GROUND | FILES | PARTS | WHOLE | ASSEMBLY | {"api", "vargpt"},
-    "experiments": GROUND | FILES | PARTS | WHOLE | ASSEMBLY | {"api", "vargpt"},
+    "cli": GROUND | FILES | PARTS | WHOLE | ASSEMBLY | {"inference", "api", "vargpt"},
+    "experiments": GROUND | FILES | PARTS | WHOLE | ASSEMBLY | {"inference", "api", "vargpt"},
 }
 NEVER = {"transformers": "an oracle of the tests, not a dependency", "tests": "the tests are not installed"}
 # It counts what the emulator of kernels sees, and says so where that is not there.
@@ -209,6 +210,12 @@ def test_the_package_alone_is_free() -> None:
     loaded = loaded_by("import vargpt")
     assert "torch" not in loaded
     assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["draw", "--help"], ["draw"], ["paint"]])
+def test_help_and_mistakes_do_not_wait_for_torch(arguments: list[str]) -> None:
+    run = f"from vargpt.cli import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass"
+    assert not loaded_by(run) & (HEAVY | {"torch"})
 
 
 def test_benchmarks_start_without_the_tests() -> None:

@@ -33,6 +33,21 @@ def naive(logits: list[float], sampling: Sampling) -> list[float]:
     return [weights[i] / total if i in nucleus else 0.0 for i in range(len(logits))]
 
 
+def plain(logits: Tensor, sampling: Sampling, random: list[torch.Generator]) -> Tensor:
+    """The same choice over the whole vocabulary at every step, from the same noise."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        floor = logits.sort(dim=-1, descending=True).values[..., sampling.top_k - 1, None]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(dim=-1)
+        drop = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        drop[..., -1] = False
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
+    noise = torch.stack([torch.empty(logits.shape[1:]).exponential_(generator=g) for g in random])
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
 def frequencies(logits: Tensor, sampling: Sampling, seed: int = 0) -> Tensor:
     """How often each token was drawn, of DRAWS at N positions in one row."""
     chosen = sample(logits.expand(1, DRAWS, -1), sampling, generators([seed], "cpu"))
@@ -62,6 +77,34 @@ def test_draws_follow_the_probabilities(sampling: Sampling, seed: int) -> None:
         # Wilson-Hilferty: the cube root of chi2 / freedom is nearly normal; five deviations are never seen.
         spread = (2 / (9 * freedom)) ** 0.5
         assert (float(chi2 / freedom) ** (1 / 3) - (1 - spread**2)) / spread < 5
+
+
+@settings(max_examples=100)
+@given(samplings, st.integers(1, 3), seeds)
+def test_the_plain_way_chooses_the_same_tokens(sampling: Sampling, batch: int, seed: int) -> None:
+    logits = 1.5 * numbers(batch, 40, 12, seed=seed)
+    ours, expected = ([seed + row for row in range(batch)] for _ in range(2))
+    assert torch.equal(
+        sample(logits, sampling, generators(ours, "cpu")), plain(logits, sampling, generators(expected, "cpu"))
+    )
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([0.7, 1.0]), st.integers(0, 9), seeds)
+def test_equals_of_the_last_one_kept_are_kept_too(temperature: float, top_k: int, seed: int) -> None:
+    """Positions differ in how many equals they have."""
+    logits = (1.5 * numbers(2, 60, 8, seed=seed)).round()
+    sampling = Sampling(temperature=temperature, top_k=top_k)
+    random = [generators([seed, seed + 1], "cpu") for _ in range(2)]
+    assert torch.equal(sample(logits, sampling, random[0]), plain(logits, sampling, random[1]))
+
+
+@given(st.integers(1, 8), st.integers(1, 8))
+def test_among_equals_top_p_keeps_as_many_as_it_needs(top_k: int, eighths: int) -> None:
+    """Which of them is nobody's business, as long as it is the same number of them."""
+    counts = frequencies(torch.zeros(8), Sampling(top_k=top_k, top_p=eighths / 8 - 1e-3))
+    assert (counts > 0).sum() == eighths
+    assert counts[counts > 0].min() > 0.8 * DRAWS / eighths
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vargpt.checkpoint import load, save
     from vargpt.choices import FIXED, PUBLISHED, Choices
     from vargpt.config import VargptConfig
+    from vargpt.inference import for_inference
     from vargpt.model import VARGPT
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "ask",
     "chat",
     "draw",
+    "for_inference",
     "load",
     "preset",
     "save",
@@ -38,6 +40,7 @@ _HOME = {
     "checkpoint": ("load", "save"),
     "choices": ("FIXED", "PUBLISHED", "Choices"),
     "config": ("VargptConfig",),
+    "inference": ("for_inference",),
     "model": ("VARGPT",),
 }
 

@@ -136,6 +136,7 @@ def _load(options: argparse.Namespace) -> VARGPT:
     import torch
 
     from vargpt.checkpoint import load
+    from vargpt.inference import for_inference
     from vargpt.text import ByteTokenizer
 
     try:
@@ -154,7 +155,7 @@ def _load(options: argparse.Namespace) -> VARGPT:
     )
     if isinstance(model.tokenizer, ByteTokenizer):
         print("note: the model has no tokenizer.model, so text is read and written as bytes", file=sys.stderr)
-    return model
+    return for_inference(model)
 
 
 def _draw(options: argparse.Namespace) -> int:

@@ -75,17 +75,33 @@ def sample(
     if len(generators) != len(logits):
         raise ValueError(f"{len(generators)} generators for {len(logits)} rows: give one for each")
     logits = logits.float() / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        floor = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < floor, float("-inf"))
-    if sampling.top_p < 1:
-        ordered, order = logits.sort(dim=-1)
-        # From the worst up: drop tokens while those dropped together weigh at most 1 - p; the best always stays.
-        drop = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        drop[..., -1] = False
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
     # argmax(p / Exp(1) noise) is an exact draw from p, one pass over the vocabulary, without multinomial's limits.
     noise = torch.stack(
         [torch.empty(logits.shape[1:], device=logits.device).exponential_(generator=g) for g in generators]
     )
-    return (logits.softmax(-1) / noise).argmax(-1)
+    vocabulary = logits.shape[-1]
+    count = min(sampling.top_k or vocabulary, vocabulary)
+    if count == vocabulary and sampling.top_p == 1:
+        return (logits.softmax(-1) / noise).argmax(-1)
+    best, tokens = _best(logits, count)
+    if sampling.top_p < 1:
+        # From the worst up: drop tokens while those dropped together weigh at most 1 - p; the best always stays.
+        drop = best.softmax(-1).flip(-1).cumsum(-1).flip(-1) <= 1 - sampling.top_p
+        drop[..., 0] = False
+        best = best.masked_fill(drop, float("-inf"))
+    choice = (best.softmax(-1) / noise.gather(-1, tokens)).argmax(-1, keepdim=True)
+    return tokens.gather(-1, choice)[..., 0]
+
+
+def _best(logits: Float[Tensor, "B N V"], count: int) -> tuple[Float[Tensor, "B N K"], Int[Tensor, "B N K"]]:
+    """The best logits and their tokens, best first: ``count`` of them, and all that equal the last of these.
+
+    K is what the position with most equals needs; the others are filled up with -inf.
+    """
+    best, tokens = logits.topk(count, dim=-1)
+    floor = best[..., -1:]
+    most = int((logits >= floor).sum(-1).max()) if count < logits.shape[-1] else count
+    if most == count:
+        return best, tokens
+    best, tokens = logits.topk(most, dim=-1)
+    return best.masked_fill(best < floor, float("-inf")), tokens

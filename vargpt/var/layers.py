@@ -88,19 +88,22 @@ class Block(nn.Module):
         else:
             self.ada = nn.Linear(config.width, 6 * config.width)
 
+    def modulation(
+        self, condition: Float[Tensor, "B C"], shared: Float[Tensor, "B six C"] | None
+    ) -> Float[Tensor, "six B 1 C"]:
+        """The six vectors, from SiLU(condition)."""
+        if shared is None:
+            return rearrange(self.ada(condition), "B (six C) -> six B 1 C", six=6)
+        return rearrange(shared + self.ada_offset, "B six C -> six B 1 C")
+
     def forward(
         self,
         x: Float[Tensor, "B L C"],
-        condition: Float[Tensor, "B C"],
-        shared: Float[Tensor, "B six C"] | None,
+        six: Float[Tensor, "six B 1 C"],
         limits: Limits | None,
         cache: KVCache | None,
         layer: int,
     ) -> Float[Tensor, "B L C"]:
-        if shared is None:
-            six = rearrange(self.ada(F.silu(condition)), "B (six C) -> six B 1 C", six=6)
-        else:
-            six = rearrange(shared + self.ada_offset, "B six C -> six B 1 C")
         gamma1, gamma2, scale1, scale2, shift1, shift2 = six
         y = self.attn(modulate(x, scale1, shift1, self.eps), limits, cache, layer)
         x = x + drop_path(gamma1 * y, self.drop_rate, self.training)

@@ -41,6 +41,8 @@ class NextScaleTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.head_ada = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, config.vocab_size)
+        self.folded: nn.Module | None = None
+        """Takes the place of :meth:`modulations` after ``fold_conditions``."""
         self._init_weights()
 
     @property
@@ -100,15 +102,22 @@ class NextScaleTransformer(nn.Module):
             if x_BLC.shape[1] not in ends:
                 raise ValueError(f"{x_BLC.shape[1]} inputs end inside a scale; whole scales end at {ends}")
             limits = self.schedule.visible_limits(ends.index(x_BLC.shape[1]) + 1)
-        shared = None
-        if self.shared_ada is not None:
-            shared = rearrange(self.shared_ada(F.silu(condition)), "B (six C) -> B six C", six=6)
-        for layer, block in enumerate(self.blocks):
-            x_BLC = block(x_BLC, condition, shared, limits, cache, layer)
+        find = self.modulations if self.folded is None else self.folded
+        *sixes, (scale, shift) = find(condition)
+        for layer, (block, six) in enumerate(zip(self.blocks, sixes, strict=True)):
+            x_BLC = block(x_BLC, six, limits, cache, layer)
         if cache is not None:
             cache.advance(x_BLC.shape[1])
-        scale, shift = rearrange(self.head_ada(F.silu(condition)), "B (two C) -> two B 1 C", two=2)
         return self.head(modulate(x_BLC, scale, shift, self.config.norm_eps))
+
+    def modulations(self, condition: Float[Tensor, "B C"]) -> list[Float[Tensor, "_ B 1 C"]]:
+        """What the condition says to every norm: six vectors to each block, scale and shift to the head."""
+        condition = F.silu(condition)
+        shared = None
+        if self.shared_ada is not None:
+            shared = rearrange(self.shared_ada(condition), "B (six C) -> B six C", six=6)
+        sixes = [block.modulation(condition, shared) for block in self.blocks]  # pyright: ignore[reportCallIssue]
+        return [*sixes, rearrange(self.head_ada(condition), "B (two C) -> two B 1 C", two=2)]
 
     @torch.no_grad()
     def _init_weights(self) -> None:
