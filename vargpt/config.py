@@ -197,7 +197,6 @@ BENCH_MID = VargptConfig(
     gen_out=ProjectorConfig(hidden=768),
     choices=dataclasses.replace(PUBLISHED, training_template="plain", inference_template="plain"),
 )
-"""For measurements: decoders of a laptop's size with the released image tokenizer, and short prompts without a system's,
-since its tokens are bytes."""
+"""For measurements: small decoders with the released image tokenizer, and short prompts, since its tokens are bytes."""
 PRESETS = {"nano": NANO, "tiny": TINY, "small": SMALL, "bench-mid": BENCH_MID, "vargpt-7b": VARGPT_7B}
-"""Named sizes: ``nano`` trains in minutes, ``bench-mid`` is what speed is measured at, ``vargpt-7b`` the released model."""
+"""Named sizes: ``nano`` trains in minutes, ``bench-mid`` is for measurements, ``vargpt-7b`` is the released model."""
