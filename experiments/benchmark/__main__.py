@@ -113,6 +113,7 @@ def attention(options: argparse.Namespace) -> None:
 def everything(parser: argparse.ArgumentParser, preset: str) -> bool:
     """Every subject, with its defaults. One that cannot run here says so, and the next one follows."""
     kept = True
+    Options(preset=preset)  # an unknown name is a mistake once, not of every subject
     for what in (*MODELS, "growth", "attention", "kernels"):
         chosen = [] if what in ("attention", "kernels") else ["--preset", preset]
         try:

@@ -11,10 +11,20 @@ from experiments.benchmark.cases import DRAWING, WHOLE, Options, Table, only, st
 from experiments.benchmark.counting import DECODING, LLM, VAR, Sizes
 from experiments.benchmark.draw import LONGEST, add_drawing
 from vargpt.config import VargptConfig
+from vargpt.images import check_writable
 
 
 def benchmark_growth(options: Options, sides: Sequence[int], plot: Path) -> Table:
-    """One drawing for every side of a picture, in a table and as a plot. The scales are changed, of a preset alone."""
+    """One drawing for every side of a picture, in a table and as a plot. The scales are changed, of a preset alone.
+
+    Raises:
+        ValueError: the plot cannot be written.
+    """
+    try:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {plot} ({error.strerror})") from None
+    check_writable(plot)
     table, tokens = Table("growth", options), {}
     for side in sides:
         config = resized(only(options.config, *DRAWING), SCHEDULES[side])
@@ -41,11 +51,7 @@ def resized(config: VargptConfig, patch_nums: tuple[int, ...]) -> VargptConfig:
 
 
 def draw_plot(table: Table, tokens: dict[str, int], file: Path) -> None:
-    """Seconds (dashed: their floors) and peaks of memory against L, a line for every part.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
+    """Seconds (dashed: their floors) and peaks of memory against L, a line for every part."""
     import matplotlib  # of the extra "train", and slow to import
 
     matplotlib.use("Agg")
@@ -62,10 +68,5 @@ def draw_plot(table: Table, tokens: dict[str, int], file: Path) -> None:
     memory.set(title="most memory held meanwhile", xlabel="L", ylabel="GB", xscale="log")
     times.legend()
     figure.tight_layout()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=100)
-    except OSError as error:
-        raise ValueError(f"cannot write {file} ({error.strerror})") from None
-    finally:
-        plt.close(figure)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
