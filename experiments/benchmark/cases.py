@@ -104,6 +104,9 @@ def apart(function: Callable[..., Result], *arguments: Any) -> Result:
 
 # ---- Models ----
 
+PARTS = ("llm", "vision", "projector", "var", "vqvae", "gen_in", "gen_out")
+DRAWING = ("llm", "var", "vqvae", "gen_in", "gen_out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -120,9 +123,11 @@ class Options:
             raise ValueError(f"--repeats must be at least 1, not {self.repeats}")
         preset(self.preset)
 
-    @property
-    def config(self) -> VargptConfig:
-        return preset(self.preset) if self.model is None else read(find(self.model))[0]
+    def config(self, *parts: str) -> VargptConfig:
+        """Of a preset with these parts alone; a model that was named is loaded whole."""
+        if self.model is not None:
+            return read(find(self.model))[0]
+        return dataclasses.replace(preset(self.preset), **{name: None for name in PARTS if name not in parts})
 
     @property
     def name(self) -> str:
@@ -132,15 +137,6 @@ class Options:
     def size(self) -> int:
         """Bytes of a weight."""
         return self.dtype.itemsize
-
-
-PARTS = ("llm", "vision", "projector", "var", "vqvae", "gen_in", "gen_out")
-DRAWING = ("llm", "var", "vqvae", "gen_in", "gen_out")
-
-
-def only(config: VargptConfig, *parts: str) -> VargptConfig:
-    """The same model without its other parts."""
-    return dataclasses.replace(config, **{name: None for name in PARTS if name not in parts})
 
 
 def random_model(config: VargptConfig) -> VARGPT:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.benchmark.cases import DRAWING, Clock, Options, Spent, Table, only, stored
+from experiments.benchmark.cases import DRAWING, Clock, Options, Spent, Table, stored
 from experiments.benchmark.counting import DECODING, LLM, REST, VAR, drawing
 from experiments.benchmark.memory import drawing_memory
 from vargpt.api import draw, encode_messages
@@ -23,7 +23,7 @@ LONGEST = 256
 
 def benchmark_draw(options: Options) -> Table:
     """Pictures at the defaults of ``vargpt.draw``, one and four of one prompt; times and floors are a picture's."""
-    table, config = Table("draw", options), only(options.config, *DRAWING)
+    table, config = Table("draw", options), options.config(*DRAWING)
     with stored(options, config) as folder:
         for batch in BATCHES:
             add_drawing(table, f"batch {batch}, a picture", config, folder, batch)

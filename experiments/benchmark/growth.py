@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.benchmark.attention import SCHEDULES
-from experiments.benchmark.cases import DRAWING, WHOLE, Options, Table, only, stored
+from experiments.benchmark.cases import DRAWING, WHOLE, Options, Table, stored
 from experiments.benchmark.counting import DECODING, LLM, VAR, Sizes
 from experiments.benchmark.draw import LONGEST, add_drawing
 from vargpt.config import VargptConfig
@@ -27,7 +27,7 @@ def benchmark_growth(options: Options, sides: Sequence[int], plot: Path) -> Tabl
     check_writable(plot)
     table, tokens = Table("growth", options), {}
     for side in sides:
-        config = resized(only(options.config, *DRAWING), SCHEDULES[side])
+        config = resized(options.config(*DRAWING), SCHEDULES[side])
         sizes = Sizes.of(config)
         case = f"{sizes.vqvae.image_size} px, L = {sizes.schedule.total}"
         tokens[case] = sizes.schedule.total

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.benchmark.cases import WHOLE, Options, Spent, Table, stored
+from experiments.benchmark.cases import PARTS, WHOLE, Options, Spent, Table, stored
 from experiments.benchmark.counting import Work
 from experiments.benchmark.machine import peak_resident
 from experiments.benchmark.memory import PROCESS, weights
@@ -25,7 +25,7 @@ CHUNK = 2**24
 def benchmark_load(options: Options) -> Table:
     """Every load in a fresh process. The floor of a cold one is the time to read the files' bytes from the disk, taken
     just before; of a warm one, to read as many bytes from memory."""
-    table, o, config = Table("load", options), options, options.config
+    table, o, config = Table("load", options), options, options.config(*PARTS)
     with stored(options, config) as folder:
         size = sum(file.stat().st_size for file in weight_files(folder))
         needed = PROCESS + o.size * weights(config)

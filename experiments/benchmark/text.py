@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from experiments.benchmark.cases import WHOLE, Clock, Options, Spent, Table, only, stored
+from experiments.benchmark.cases import WHOLE, Clock, Options, Spent, Table, stored
 from experiments.benchmark.counting import Work, generation
 from experiments.benchmark.memory import text_memory
 from vargpt.api import read_rows
@@ -25,7 +25,7 @@ PEER = "transformers"
 
 def benchmark_text(options: Options) -> Table:
     """64 tokens after a prompt of 32, for one row and for eight; and by the peer, with a model of the same shape."""
-    table, config = Table("text", options), only(options.config, "llm")
+    table, config = Table("text", options), options.config("llm")
     llm, o = require(config.llm, "language model"), options
     peer = find_spec(PEER) is not None
     with stored(options, config) as folder:

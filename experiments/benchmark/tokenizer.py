@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from experiments.benchmark.cases import WHOLE, Clock, Options, Spent, Table, only, stored
+from experiments.benchmark.cases import WHOLE, Clock, Options, Spent, Table, stored
 from experiments.benchmark.counting import Work, smoothing, tokenizer_work
 from experiments.benchmark.memory import PROCESS, tokenizer_memory, weights
 from vargpt.checkpoint import load
@@ -24,7 +24,7 @@ Job = Literal["encode", "decode"]
 
 def benchmark_tokenizer(options: Options) -> Table:
     """One picture encoded and one decoded, weights in every format."""
-    table, config, o = Table("tokenizer", options), only(options.config, "vqvae"), options
+    table, config, o = Table("tokenizer", options), options.config("vqvae"), options
     c = require(config.vqvae, "image tokenizer")
     jobs: dict[Job, list[Work]] = {
         "encode": tokenizer_work(c, "encode", 1, o.size),

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from experiments.benchmark.cases import DRAWING, WHOLE, Clock, Options, Spent, Table, only, random_model
+from experiments.benchmark.cases import DRAWING, WHOLE, Clock, Options, Spent, Table, random_model
 from experiments.benchmark.counting import BACKWARD, FORWARD, OPTIMIZER, Sizes, training_step
 from experiments.benchmark.memory import training_memory, weights
 from experiments.data.chat import Example, collate
@@ -27,7 +27,7 @@ LONGEST = 256
 def benchmark_train(options: Options) -> Table:
     """A step in float32 on a drawing whose image tokens are known (they are computed once): plain, as experiments.train
     does it, and with ``recompute``, which keeps fewer activations. Memory is also a share of the plain step's."""
-    table, config = Table("train", options), only(options.config, *DRAWING)
+    table, config = Table("train", options), options.config(*DRAWING)
     trained = weights(config, "llm", "var", "gen_in", "gen_out")
     plain = None
     for case in (PLAIN, USUAL, RECOMPUTED):

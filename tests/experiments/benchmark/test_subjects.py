@@ -16,7 +16,7 @@ import torch
 
 from experiments.benchmark import __main__ as command
 from experiments.benchmark import attention, cases, growth, machine, text
-from experiments.benchmark.cases import WHOLE, Options, Spent, Table, only, random_model
+from experiments.benchmark.cases import DRAWING, WHOLE, Options, Spent, Table, random_model
 from experiments.benchmark.counting import BACKWARD, DECODING, FORWARD, LLM, OPTIMIZER, REST, VAR, Work
 from experiments.benchmark.draw import benchmark_draw
 from experiments.benchmark.machine import Machine
@@ -199,7 +199,7 @@ def test_a_row_is_a_share_of_what_was_measured() -> None:
 
 
 def test_a_named_model_is_measured_as_it_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(random_model(only(preset("nano"), "llm", "var", "vqvae", "gen_in", "gen_out")), tmp_path)
+    save(random_model(Options(preset="nano").config(*DRAWING)), tmp_path)
     monkeypatch.setattr(cases, "_write", lambda config, folder: pytest.fail("random weights were written"))
     table = benchmark_draw(Options(model=str(tmp_path), repeats=1))
     assert len(table.rows) == 10
