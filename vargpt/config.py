@@ -187,5 +187,16 @@ SMALL = _small(
     vision_depth=8,
     patch_size=16,
 )
-PRESETS = {"nano": NANO, "tiny": TINY, "small": SMALL, "vargpt-7b": VARGPT_7B}
-"""Named sizes: ``nano`` trains in minutes, ``vargpt-7b`` is the released model."""
+BENCH_MID = VargptConfig(
+    llm=LlamaConfig(width=768, depth=12, num_heads=12, num_kv_heads=12, head_dim=64, mlp_width=2048),
+    vision=OpenClipConfig(image_size=224, patch_size=16, width=384, depth=12, num_heads=6, mlp_width=1536),
+    projector=ProjectorConfig(hidden=768),
+    var=VarConfig(width=768, depth=12, num_heads=12, drop_path=0.0),
+    vqvae=VqvaeConfig(),
+    gen_in=ProjectorConfig(hidden=768),
+    gen_out=ProjectorConfig(hidden=768),
+    choices=dataclasses.replace(PUBLISHED, training_template="plain", inference_template="plain"),
+)
+"""For measurements: small decoders with the released image tokenizer, and short prompts, since its tokens are bytes."""
+PRESETS = {"nano": NANO, "tiny": TINY, "small": SMALL, "bench-mid": BENCH_MID, "vargpt-7b": VARGPT_7B}
+"""Named sizes: ``nano`` trains in minutes, ``bench-mid`` is for measurements, ``vargpt-7b`` is the released model."""

@@ -1,28 +1,18 @@
-"""Speed and memory, against limits of the machine measured in the same run: ``python -m experiments.benchmark WHAT``.
-
-Prints a table, and one line of JSON. Times are medians; the machine is shared with whatever else runs on it. Of CUDA
-kernels, where there is no GPU, what can be counted: experiments/benchmark_kernels.py.
-"""
+"""Every backend of ``vargpt.kernels.attention`` that runs here, at the shapes of both decoders."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.benchmark_kernels import SOURCES, benchmark_kernels
-from experiments.run import exit_code
+from experiments.benchmark.machine import bandwidth, matrix_rate, median_seconds, peak_bytes, too_large
 from vargpt.kernels import BACKENDS, KVCache, attention
 from vargpt.scales import Limits, ScaleSchedule
 
@@ -136,64 +126,12 @@ class Measured:
     """Share of the machine's rate of matrix products, forward, counting visible pairs only."""
 
 
-def median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call; the first one is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Memory that a call needs at its peak, above what was held before; None where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-
-    def field(name: str) -> int:
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith(name + ":"))
-        return int(line.split()[1]) * 1024
-
-    reset.write_text("5")  # VmHWM, the most memory held, counts from now
-    before = field("VmRSS")
-    run()
-    return max(0, field("VmHWM") - before)
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a large matrix product."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: a @ b, device, 5)
-
-
-def bandwidth(device: torch.device, size: int = 2**28) -> float:
-    """Bytes/s of reading a large tensor."""
-    x = torch.ones(size // 4, device=device)
-    return size / median_seconds(x.sum, device, 5)
-
-
 def measure_attention(
     shape: AttentionShape, backend: str, device: torch.device, dtype: torch.dtype, repeats: int, rate: float
 ) -> Measured | str:
     """Forward, forward and backward, and memory of both; or why the backend cannot compute this."""
     s = shape
-    if (reason := too_large(s, backend, device)) is not None:
+    if (reason := cannot_hold(s, backend, device)) is not None:
         return reason
     torch.compiler.reset()  # after a few shapes it would compile no further ones, and compute them as they stand
     sizes = [(s.batch, h, n, s.width) for h, n in ((s.heads, s.queries), (s.groups, s.keys), (s.groups, s.keys))]
@@ -242,13 +180,10 @@ PLAIN = ("reference", "matmul")
 """Backends that write all products of queries and keys into memory: four times, with those of the backward pass."""
 
 
-def too_large(shape: AttentionShape, backend: str, device: torch.device) -> str | None:
-    """Why memory will not do: where there is too little for a CPU, no error tells, but the process is killed."""
+def cannot_hold(shape: AttentionShape, backend: str, device: torch.device) -> str | None:
+    """Why a CPU's memory will not do, if it will not."""
     needed = 4 * 4 * shape.batch * shape.heads * shape.queries * shape.keys
-    if device.type != "cpu" or backend not in PLAIN or not hasattr(os, "sysconf"):
-        return None
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"it needs about {needed / 1e9:.0f} GB of memory, more than is free" if needed > free else None
+    return too_large(needed) if device.type == "cpu" and backend in PLAIN else None
 
 
 def attention_table(rows: Sequence[Measured]) -> str:
@@ -294,46 +229,3 @@ def benchmark_attention(sides: Sequence[int], device: torch.device, dtype: torch
     for (backend, reason), names in missing.items():
         print(f"not computed by {backend}: {'; '.join(names)}: {reason}")
     print(json.dumps({"rate": rate, "bandwidth": read, "rows": [asdict(row) for row in rows]}))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="what", required=True)
-    backends = commands.add_parser("attention", help="every backend of vargpt.kernels.attention")
-    backends.add_argument(
-        "--sides",
-        type=int,
-        nargs="+",
-        choices=SCHEDULES,
-        help="of pictures, pixels: 256 512, on a GPU 1024 too, which on a CPU takes long, and tens of GB",
-    )
-    backends.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    backends.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU, float32 on a CPU"
-    )
-    backends.add_argument("--repeats", type=int, default=7, help="runs that a median is taken of (7)")
-    kernels = commands.add_parser(
-        "kernels", help="the CUDA kernels, without a GPU: registers, occupancy, counted work; exits with 1 over budget"
-    )
-    kernels.add_argument("--only", nargs="+", default=SOURCES, choices=SOURCES, help="some of them")
-    options = parser.parse_args(arguments)
-    kept = True
-
-    def run() -> None:
-        nonlocal kept
-        if options.what == "kernels":
-            kept = benchmark_kernels(SCHEDULES[256], options.only)
-            return
-        if options.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, not {options.repeats}")
-        device = torch.device(options.device)
-        gpu = device.type == "cuda"
-        sides = options.sides or [side for side in SCHEDULES if gpu or side < 1024]
-        dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
-        benchmark_attention(sides, device, dtype, options.repeats)
-
-    return exit_code(run) or int(not kept)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,19 +1,16 @@
-"""Benchmarks run, count what they say they count, and refuse what they cannot do. No times are tested."""
+"""What is said of the CUDA kernels without a GPU: registers and counted work, and how misses of a budget show."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from experiments import benchmark, benchmark_kernels
-from experiments.benchmark import SCHEDULES, AttentionShape, attention_shapes
-from experiments.benchmark_kernels import (
+from experiments.benchmark import __main__ as command
+from experiments.benchmark import kernels as benchmark_kernels
+from experiments.benchmark.kernels import (
     Counted,
     compiled_table,
     count_backward,
@@ -25,130 +22,9 @@ from experiments.benchmark_kernels import (
 from tests.cuda_on_cpu import compiled
 from tests.cuda_on_cpu.compiled import Compiled, Placed, cannot_compile
 from tests.cuda_on_cpu.harness import unavailable
-from vargpt.kernels import attention, cuda
-from vargpt.kernels.call import Call
-from vargpt.scales import Limits, ScaleSchedule
 
 counts = pytest.mark.skipif(unavailable() is not None, reason=f"no kernels on this CPU: {unavailable()}")
 compiles = pytest.mark.skipif(cannot_compile() is not None, reason=f"{cannot_compile()}")
-
-
-def test_the_attention_table_has_every_backend_that_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    schedule = ScaleSchedule((1, 2, 3))
-    shape = AttentionShape(
-        name="small", batch=1, heads=2, groups=2, width=8, queries=14, keys=14, limits=schedule.visible_limits()
-    )
-    monkeypatch.setattr(benchmark, "attention_shapes", lambda sides: [shape])
-    assert benchmark.main(["attention", "--repeats", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line.split(" | ")[1] for line in lines if line.startswith("| small")]
-    assert rows == ["reference", "matmul", "sdpa", "scales"]
-    assert any(line.startswith("not computed by flex: small: ") and "not 8" in line for line in lines)
-    measured = json.loads(lines[-1])
-    assert measured["rate"] > 0
-    assert all(row["forward"] > 0 and row["both"] > 0 for row in measured["rows"])
-
-
-def test_only_visible_pairs_are_counted() -> None:
-    whole = AttentionShape(name="", batch=2, heads=3, groups=3, width=4, queries=3, keys=5)
-    assert whole.visible == 15
-    assert whole.flops == 2 * 3 * 15 * 4 * 4
-    assert replace(whole, causal=True).visible == 3 + 4 + 5
-    assert replace(whole, limits=Limits.of([3, 5, 5])).visible == 13
-
-
-def test_the_shapes_are_the_published_ones() -> None:
-    totals = [ScaleSchedule(SCHEDULES[side]).total for side in (256, 512, 1024)]
-    assert totals == [680, 2240, 8640]
-    assert {(s.heads, s.width) for s in attention_shapes([256])} == {(16, 64), (30, 64), (32, 128)}
-
-
-def test_cached_rows_are_what_fused_kernels_take_and_every_run_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    cached = [shape for shape in attention_shapes([256]) if shape.past]
-    assert [(s.queries, s.past, s.width, s.groups, s.cosine, s.rotary) for s in cached] == [
-        (256, 424, 64, 16, True, False),
-        (256, 424, 64, 30, True, False),
-        (1, 2047, 128, 32, False, True),
-        (1, 2047, 128, 8, False, True),
-    ]
-    seen = []
-
-    def watched(q: Tensor, k: Tensor, v: Tensor, *, backend: str, **options: Any) -> Tensor:
-        call = Call(q, k, v, **{"key_mask": None, "scale": 1.0, "limits": None, **options})
-        call.check()
-        seen.append((cuda.appends(call), cuda.decodes(call), options["cache"].length))
-        return attention(q, k, v, backend=backend, **options)
-
-    monkeypatch.setattr(benchmark, "attention", watched)
-    for shape in cached[::2]:
-        measured = benchmark.measure_attention(shape, "sdpa", torch.device("cpu"), torch.float32, 2, 1.0)
-        assert isinstance(measured, benchmark.Measured)
-        assert measured.both is None
-    assert len(seen) > len(set(seen))
-    assert set(seen) == {(True, False, 424), (True, True, 2047)}
-
-
-def test_products_larger_than_memory_are_not_begun() -> None:
-    huge = AttentionShape(name="huge", batch=1, heads=1, groups=1, width=8, queries=10**6, keys=10**6)
-    cpu = torch.device("cpu")
-    assert benchmark.measure_attention(huge, "reference", cpu, torch.float32, 1, 1.0) == (
-        "it needs about 16000 GB of memory, more than is free"
-    )
-    assert benchmark.too_large(huge, "sdpa", cpu) is None
-    assert benchmark.too_large(replace(huge, queries=4, keys=4), "matmul", cpu) is None
-
-
-def test_what_does_not_fit_into_memory_is_not_computed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*inputs: Tensor, backend: str, **options: Any) -> Tensor:
-        if backend == "sdpa" or (backend == "matmul" and inputs[0].requires_grad):
-            raise torch.OutOfMemoryError("out of memory\n(and more)")
-        return attention(*inputs, backend=backend, **options)
-
-    shape = AttentionShape(name="small", batch=1, heads=1, groups=1, width=8, queries=4, keys=4)
-    monkeypatch.setattr(benchmark, "attention_shapes", lambda sides: [shape])
-    monkeypatch.setattr(benchmark, "attention", full)
-    assert benchmark.main(["attention", "--repeats", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "not computed by sdpa: small: out of memory" in lines
-    reference, matmul = ([c.strip() for c in line.split("|")] for line in lines if line.startswith("| small"))
-    assert float(reference[3]) > 0
-    assert reference[4] == reference[7] == "-"  # there is nothing to compare with
-    assert matmul[6] == "-"
-
-
-@pytest.mark.parametrize(
-    ("options", "sides", "dtype"),
-    [
-        (["--device", "cpu"], [256, 512], torch.float32),
-        (["--device", "cuda"], [256, 512, 1024], torch.bfloat16),
-        (["--device", "cuda", "--sides", "256", "--dtype", "float32"], [256], torch.float32),
-    ],
-)
-def test_a_gpu_is_measured_in_its_own_format_and_at_all_sizes(
-    options: list[str], sides: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    monkeypatch.setattr(benchmark, "benchmark_attention", lambda *arguments: asked.append(arguments))
-    assert benchmark.main(["attention", *options]) == 0
-    assert asked == [(sides, torch.device(options[1]), dtype, 7)]
-
-
-def test_peak_memory_is_what_a_call_holds() -> None:
-    size = 64 * 2**20
-    peak = benchmark.peak_bytes(lambda: torch.ones(size // 4).sum(), torch.device("cpu"))
-    assert peak is None or 0.9 * size < peak < 1.5 * size
-
-
-def test_mistakes_get_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["attention", "--repeats", "0"]) == 2
-    assert capsys.readouterr().err == "error: --repeats must be at least 1, not 0\n"
-
-
-# ---- CUDA kernels ----
 
 
 def placed(arch: str = "sm_80", *, registers: int = 168, spilled: int = 0, blocks: int = 3) -> Placed:
@@ -250,7 +126,7 @@ def test_what_spills_or_misses_its_budget_fails(
     monkeypatch.setattr(compiled, "known_architectures", lambda: ["sm_80", "sm_100"])
     monkeypatch.setattr(compiled, "compile_kernels", lambda source, architectures: [kernel])
     monkeypatch.setattr(benchmark_kernels, "count_next_scale", lambda patch_nums: [])
-    assert benchmark.main(["kernels", "--only", "next_scale"]) == code
+    assert command.main(["kernels", "--only", "next_scale"]) == code
     lines = capsys.readouterr().out.splitlines()
     said = [each for each in lines if each.startswith("fault")]
     assert len(said) == (line is not None)
@@ -263,7 +139,7 @@ def test_what_spills_or_misses_its_budget_fails(
 @pytest.mark.slow
 @compiles
 def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["kernels", "--only", "decode"]) == 0
+    assert command.main(["kernels", "--only", "decode"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| decode")]
     attend, combine = "decode_attend", "decode_combine"
@@ -277,7 +153,7 @@ def test_without_what_it_needs_the_command_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said() -> str:
-        assert benchmark.main(["kernels"]) == 2
+        assert command.main(["kernels"]) == 2
         return capsys.readouterr().err
 
     monkeypatch.setattr(compiled, "unavailable", lambda: None)
