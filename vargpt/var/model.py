@@ -100,6 +100,8 @@ class NextScaleTransformer(nn.Module):
             if x_BLC.shape[1] not in ends:
                 raise ValueError(f"{x_BLC.shape[1]} inputs end inside a scale; whole scales end at {ends}")
             limits = self.schedule.visible_limits(ends.index(x_BLC.shape[1]) + 1)
+        if not self.config.adaptive:
+            condition = torch.zeros_like(condition)  # which leaves the modulations' biases
         shared = None
         if self.shared_ada is not None:
             shared = rearrange(self.shared_ada(F.silu(condition)), "B (six C) -> B six C", six=6)
