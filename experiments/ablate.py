@@ -4,7 +4,8 @@ NAME is a file of ``experiments/configs/suite`` (or of ``suite/`` in a folder gi
 Trains and scores every row with every seed and writes ``report.md``, ``table.csv``, ``plot.png`` and ``drawings.png``
 into ``runs/ablate/NAME``. What rows share is trained once. The same command resumes; nothing that is done is repeated.
 
-Every training and every scoring is a job of a Hydra multirun: ``hydra/launcher=submitit_slurm`` runs them on a cluster.
+Every training and every scoring is a job of a Hydra multirun: ``hydra/launcher=submitit_slurm`` runs them on a cluster,
+where ``hydra.launcher.timeout_min=...`` must suffice for one. A job that is killed there is done by the next command.
 ``report_only=true`` writes the report again from the folder. Exit code 1: some row failed, which the report says.
 """
 

@@ -131,9 +131,9 @@ def environment() -> dict[str, Any]:
         found = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=False)
         return found.stdout.strip()
 
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    edited = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {
-        "revision": git("rev-parse", "HEAD") + changed or "unknown",
+        "revision": git("rev-parse", "HEAD") + edited or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
