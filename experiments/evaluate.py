@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -78,15 +78,24 @@ class Settings:
     top_p: float = 0.96
 
 
-def evaluate(model: VARGPT, world: World, settings: Settings) -> dict[str, Share]:
-    """Everything that is measured, by name."""
-    return {
-        **tokenizer_scores(model, world, settings),
-        **question_scores(model, world, settings),
-        **drawing_scores(model, world, settings),
-        **drawing_scores(model, world, settings, heldout=True),
-        **intent_scores(model, world, settings),
-    }
+Part = Literal["tokenizer", "questions", "drawing", "heldout", "intent"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+def evaluate(model: VARGPT, world: World, settings: Settings, parts: Sequence[Part] = PARTS) -> dict[str, Share]:
+    """Everything that is measured, or some parts of it, by name."""
+    scores: dict[str, Share] = {}
+    if "tokenizer" in parts:
+        scores |= tokenizer_scores(model, world, settings)
+    if "questions" in parts:
+        scores |= question_scores(model, world, settings)
+    if "drawing" in parts:
+        scores |= drawing_scores(model, world, settings)
+    if "heldout" in parts:
+        scores |= drawing_scores(model, world, settings, heldout=True)
+    if "intent" in parts:
+        scores |= intent_scores(model, world, settings)
+    return scores
 
 
 @torch.no_grad()

@@ -237,21 +237,39 @@ def settings(section: str, cls: type[Config], arguments: list[str]) -> tuple[str
     from omegaconf.errors import OmegaConfBaseException
 
     name, overrides = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else ("nano", arguments)
+    changes = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override!r} must be key=value")
+        try:
+            changes.append((key, OmegaConf.from_dotlist([f"value={value}"]).value))
+        except OmegaConfBaseException as error:
+            raise ValueError(" ".join(str(error).split())) from None
+    return name, configured(section, cls, name, changes)
+
+
+def configured(section: str, cls: type[Config], name: str, changes: Iterable[tuple[str, Any]]) -> Config:
+    """The configuration ``configs/SECTION/NAME.yaml`` with changes to it, such as ("stages.0.schedule.steps", 100).
+
+    Raises:
+        ValueError: no such configuration, key or value.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     folder = Path(__file__).parent / "configs" / section
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise ValueError(f"unknown configuration {name!r}: choose one of {', '.join(known)}")
     try:
         values = OmegaConf.load(folder / f"{name}.yaml")
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise ValueError(f"{override!r} must be key=value")
-            OmegaConf.update(values, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+        for key, value in changes:
+            OmegaConf.update(values, key, value)
         values = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(" ".join(str(error).split())) from None
-    return name, from_json(cls, values, name)
+    return from_json(cls, values, name)
 
 
 def exit_code(command: Callable[[], None]) -> int:

@@ -7,13 +7,14 @@ its own below DIR (by default ``runs/NAME``). The last stage's ``model/`` is the
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ from experiments.run import Ema, Run, Schedule, described, grid, step_generator,
 from vargpt.api import draw
 from vargpt.build import build, preset
 from vargpt.checkpoint import ASSETS, choices_named, find, load, save
-from vargpt.config import Knowledge, VargptConfig
+from vargpt.config import ImportedConfig, Knowledge, VargptConfig
+from vargpt.config_json import changed
 from vargpt.images import to_tensor
 from vargpt.model import VARGPT, VargptOutput, require
 from vargpt.text import IMAGE_GEN, SentencePieceTokenizer
@@ -109,6 +111,9 @@ class Training:
     data: tuple[ChatData, ...] = ()
     start: tuple[str, ...] = ()
     """Models to start from (as ``vargpt.load`` names them): each gives the parts that it has; others are random."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Changes to the model that follows from all else, as its config.json has them: ``{llm: {depth: 6}}``. A projector
+    of your own is ``{projector: {kind: "my_module:MyProjector", options: {hidden: 64}}}``."""
     choices: Literal["published", "fixed"] = "fixed"
     plan: bool = False
     """Whether requests to draw are first answered by a plan in words."""
@@ -131,7 +136,25 @@ class Training:
     validation: int = 256
 
     def __post_init__(self) -> None:
-        preset(self.preset)  # an unknown name shows here, not after the image tokenizer has trained
+        # What is not known shows here, not after the image tokenizer has trained.
+        import_parts(changed(preset(self.preset), self.model))
+        if "vqvae" in self.model:
+            raise ValueError("the image tokenizer's sizes follow from its training: change them there")
+
+
+def import_parts(config: VargptConfig) -> None:
+    """Import the modules of those parts that are the user's own (only configurations of trainings make code run).
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    for part in (config.projector, config.gen_in, config.gen_out):
+        if isinstance(part, ImportedConfig):
+            module = part.kind.partition(":")[0]
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ValueError(f"{part.kind} cannot be imported: {error}") from error
 
 
 def assemble(config: Training) -> VargptConfig:
@@ -160,7 +183,7 @@ def assemble(config: Training) -> VargptConfig:
     worlds = {data.world for part in (config, *config.stages) for data in part.data}
     world = WORLDS[name] if len(worlds) == 1 and (name := worlds.pop()) is not None else None
     knows = Knowledge(summary=summary(world), words=vocabulary(world)) if world is not None else None
-    return dataclasses.replace(base, var=var, vqvae=trained, choices=choices, knows=knows)
+    return changed(dataclasses.replace(base, var=var, vqvae=trained, choices=choices, knows=knows), config.model)
 
 
 class StageTrainer:
@@ -194,7 +217,7 @@ class StageTrainer:
         for part in range(stage.accumulate):
             number = step * stage.accumulate + part
             # Each kind goes through apart: padding is work, and the many words of one would drown the few of another.
-            for batch in self._batches(number):
+            for batch in self.batches(number):
                 with low_precision(self.model.device) if c.autocast else nullcontext():
                     out = forward(self.model, batch)
                 assert out.loss is not None
@@ -209,7 +232,8 @@ class StageTrainer:
         self.ema.update(self.model, step)
         return {"loss": sum(sums.values()), "lr": lr, "gradient": float(norm), **sums}
 
-    def _batches(self, number: int) -> list[Batch]:
+    def batches(self, number: int) -> list[Batch]:
+        """What is learned from at once, a batch of each kind."""
         c, rows = self.config, self.stage.rows
         examples = {k: _examples(self.source, k, c.seed, number, getattr(rows, k)) for k in get_args(Kind)}
         for i in range(rows.mixed):
@@ -303,7 +327,7 @@ def train(config: Training, folder: Path, device: torch.device) -> VARGPT:
     for name in config.start:
         _take_over(model, load(name, device), name)
     model.vqvae.load_state_dict(trained.vqvae.state_dict())
-    sources = [_source(config, stage, model, folder) for stage in config.stages]
+    sources = [source_of(config, stage, model, folder) for stage in config.stages]
     for stage, source in zip(config.stages, sources, strict=True):
         place = folder / stage.name
         if (place / "model" / "config.json").is_file():
@@ -324,7 +348,7 @@ def _take_over(model: VARGPT, given: VARGPT, name: str) -> None:
         own.load_state_dict(theirs)
 
 
-def _source(config: Training, stage: Stage, model: VARGPT, folder: Path) -> Mixture:
+def source_of(config: Training, stage: Stage, model: VARGPT, folder: Path) -> Mixture:
     """The conversations of a stage."""
     vqvae = require(model.vqvae, "image tokenizer")
     sources: list[ConversationSource] = []

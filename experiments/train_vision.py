@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from experiments.run import Ema, Run, Schedule, described, grid, training_comman
 from vargpt.build import preset
 from vargpt.checkpoint import save
 from vargpt.config import VargptConfig
+from vargpt.config_json import changed
 from vargpt.images import to_tensor
 from vargpt.model import VARGPT
 from vargpt.vision import OpenClipConfig, OpenClipEncoder
@@ -40,6 +41,8 @@ class VisionTraining:
 
     preset: str
     """Whose vision encoder."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Changes to it, as in the training of models: ``{vision: {width: 64}}``."""
     world: Literal["nano", "full"]
     schedule: Schedule
     batch: int = 64
@@ -181,7 +184,7 @@ def train(config: VisionTraining, folder: Path, device: torch.device) -> OpenCli
     Raises:
         ValueError: a preset without an OpenCLIP encoder, or a folder of another run.
     """
-    vision = preset(config.preset).vision
+    vision = changed(preset(config.preset), config.model).vision
     if not isinstance(vision, OpenClipConfig):
         raise ValueError(f"preset {config.preset!r} has no OpenCLIP encoder to train")
     trainer = VisionTrainer(config, vision, device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from vargpt.config import PRESETS, ProjectorConfig, VargptConfig
+from vargpt.config import PRESETS, ImportedConfig, ProjectorConfig, VargptConfig
+from vargpt.interfaces import Projector
 from vargpt.llm import LlamaDecoder
 from vargpt.model import VARGPT
 from vargpt.projector import MLPProjector
@@ -51,11 +53,28 @@ def _build(config: VargptConfig, tokenizer: Tokenizer | None) -> VARGPT:
     )
 
 
-def _projector(config: ProjectorConfig | None, source: Any, target: Any, *, norm: bool) -> MLPProjector | None:
+def _projector(
+    config: ProjectorConfig | ImportedConfig | None, source: Any, target: Any, *, norm: bool
+) -> Projector | None:
     """A projector from the width of one part to that of another."""
     if config is None:
         return None
+    if isinstance(config, ImportedConfig):
+        try:
+            return _imported(config.kind)(source.width, target.width, **config.options)
+        except TypeError as error:
+            raise ValueError(f"{config.kind} cannot be built: {error}") from error
     return MLPProjector(source.width, config.hidden, target.width, depth=config.depth, norm=norm)
+
+
+def _imported(kind: str) -> Callable[..., Projector]:
+    """A class of a module that is already imported; it may come from a stranger's file, so nothing is imported here."""
+    module, _, name = kind.partition(":")
+    if module not in sys.modules:
+        raise ValueError(f"the model has a part of {module!r}, code that is not this package's: import it first")
+    if not hasattr(sys.modules[module], name):
+        raise ValueError(f"the module {module!r} has no {name!r}")
+    return getattr(sys.modules[module], name)
 
 
 def preset(name: str) -> VargptConfig:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from vargpt.choices import ABSENT, FIXED, PUBLISHED, Choices, TokenIds
 from vargpt.llm.config import LlamaConfig
@@ -27,6 +29,22 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportedConfig:
+    """A projector of the user's own, from outside this package: built as ``Class(in_width, out_width, **options)``.
+
+    Its module must be imported before such a model is built or loaded: a model's file never makes code run.
+    """
+
+    kind: str
+    """``module:Class``."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.kind):
+            raise ValueError(f"kind must be the place of a class, module:Class, not {self.kind!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Knowledge:
     """What a model of a small world was trained on, for the user who asks for more."""
 
@@ -46,11 +64,11 @@ class VargptConfig:
 
     llm: LlamaConfig | None = None
     vision: OpenClipConfig | TimmConfig | None = None
-    projector: ProjectorConfig | None = None
+    projector: ProjectorConfig | ImportedConfig | None = None
     var: VarConfig | None = None
     vqvae: VqvaeConfig | None = None
-    gen_in: ProjectorConfig | None = None
-    gen_out: ProjectorConfig | None = None
+    gen_in: ProjectorConfig | ImportedConfig | None = None
+    gen_out: ProjectorConfig | ImportedConfig | None = None
     tokens: TokenIds = TokenIds()
     choices: Choices = FIXED
     knows: Knowledge | None = None

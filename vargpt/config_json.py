@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vargpt.config import VargptConfig
+from vargpt.config import ImportedConfig, ProjectorConfig, VargptConfig
 from vargpt.files import read_json
 from vargpt.vision import OpenClipConfig, TimmConfig
 
@@ -69,6 +69,22 @@ def from_json(cls: type, values: Any, where: str = "config") -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
+def changed(config: VargptConfig, changes: Mapping[str, Any]) -> VargptConfig:
+    """The configuration with some fields changed, those of parts one by one: ``{"llm": {"depth": 6}}``. What names a
+    "kind" takes the whole place of what was there.
+
+    Raises:
+        ValueError: an unknown field or a value that it cannot have, named with its place.
+    """
+    return from_json(VargptConfig, _merged(to_json(config), changes))
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, Mapping)) or "kind" in new:
+        return new
+    return {**old, **{name: _merged(old.get(name), value) for name, value in new.items()}}
+
+
 def _field(hint: Any, value: Any, where: str) -> Any:
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     options = typing.get_args(hint) if union else (hint,)
@@ -77,6 +93,9 @@ def _field(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} must not be null")
         return None
     classes = [option for option in options if dataclasses.is_dataclass(option)]
+    if ImportedConfig in classes:  # our own projector is what has no kind
+        imported = isinstance(value, dict) and "kind" in value
+        return from_json(ImportedConfig if imported else ProjectorConfig, value, where)
     if len(classes) > 1:
         kind = value.get("kind") if isinstance(value, dict) else None
         if not isinstance(kind, str) or kind not in _KINDS:

@@ -161,13 +161,21 @@ class Sizes:
             llm=require(config.llm, "language model"),
             var=require(config.var, "visual decoder"),
             vqvae=require(config.vqvae, "image tokenizer"),
-            gen_in=require(config.gen_in, "generation projector"),
-            gen_out=require(config.gen_out, "generation projector"),
+            gen_in=_countable(require(config.gen_in, "generation projector")),
+            gen_out=_countable(require(config.gen_out, "generation projector")),
         )
 
     @property
     def schedule(self) -> ScaleSchedule:
         return ScaleSchedule(self.var.patch_nums)
+
+
+def _countable(projector: ProjectorConfig | ImportedConfig) -> ProjectorConfig:
+    if isinstance(projector, ImportedConfig):
+        raise ValueError(
+            f"the work of {projector.kind} cannot be counted from its configuration: benchmark another one"
+        )
+    return projector
 
 
 LLM, VAR, DECODING, REST = "language model", "visual decoder", "tokenizer decoding", "rest"

@@ -28,7 +28,7 @@ from tests.convert.checkpoints import (
 from tests.models import schedules, seeds
 from vargpt.build import build
 from vargpt.choices import FIXED
-from vargpt.config import ProjectorConfig, VargptConfig
+from vargpt.config import ImportedConfig, ProjectorConfig, VargptConfig
 from vargpt.config_json import read_config
 from vargpt.convert import convert, open_published, published_layout
 from vargpt.convert.published import to_published
@@ -228,6 +228,11 @@ def test_what_the_published_code_does_not_have_is_refused(
             dataclasses.replace(published_config(), gen_in=ProjectorConfig(hidden=10, depth=3)),
             "cannot hold gen_in.depth = 3",
         ),
+        (
+            dataclasses.replace(published_config(), gen_out=ImportedConfig(kind="torch.nn:Linear")),
+            r"no place for: 2 \(gen_out.bias, gen_out.weight\)",
+        ),
+        (published_config(var={"adaptive": False}), "cannot hold var.adaptive = False"),
     ],
 )
 def test_models_without_a_published_form_are_refused(config: VargptConfig, complaint: str) -> None:

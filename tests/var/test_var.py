@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.drawing import Record
-from tests.models import CODES, LATENT, close, index_maps, numbers, seeds, small_var, small_vqvae, var_sizes
+from tests.models import CODES, LATENT, close, index_maps, numbers, seeds, small_var, small_vqvae, stir, var_sizes
 from vargpt.interfaces import VisualDecoder, teacher_forcing_inputs
 from vargpt.sampling import GREEDY, Guidance, Sampling
 from vargpt.scales import ScaleSchedule
@@ -102,6 +103,23 @@ def test_the_equations(sizes: Sizes, batch: int) -> None:
     var = small_var(**sizes)
     x, condition = numbers(batch, var.schedule.total, var.width), numbers(batch, var.width, seed=1)
     close(var(x, condition), naive(var, x, condition))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_norms_that_are_not_adaptive_are_the_same_for_every_condition(shared: bool) -> None:
+    """And they learn: from what initialisation makes of them, gates open and scales and shifts move."""
+    var = NextScaleTransformer(dataclasses.replace(small_var().config, adaptive=False, shared_adaln=shared))
+    x, one, other = numbers(2, 14, 8), numbers(2, 8, seed=1), numbers(2, 8, seed=2)
+    close(var(x, one), var(x, other), 1e-6)
+    stir(var)
+    with torch.no_grad():
+        close(var(x, one), naive(var, x, torch.zeros_like(one)))
+    var(x, one).square().sum().backward()
+    linears = [var.shared_ada] if shared else [block.ada for block in var.blocks]
+    for linear in [*linears, var.head_ada]:
+        assert isinstance(linear, nn.Linear)
+        assert linear.bias.grad is not None
+        assert (linear.bias.grad.abs() > 0).all()
 
 
 @torch.no_grad()

@@ -21,6 +21,9 @@ class VarConfig:
     """Rows of the class embedding but one: the last row, ``num_classes``, stands for "no condition"."""
     shared_adaln: bool = False
     """One modulation for all blocks plus a learned offset each, instead of a Linear in every block."""
+    adaptive: bool = True
+    """Whether norms and gates follow the condition (AdaLN). Otherwise each has a scale, a shift and a gate of its own,
+    and the condition is only where the first scale starts from."""
     cosine_attention: bool = True
     """Queries and keys normalised to length 1, with a learned temperature per head."""
     drop_path: float = 0.125

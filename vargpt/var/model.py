@@ -112,6 +112,8 @@ class NextScaleTransformer(nn.Module):
 
     def modulations(self, condition: Float[Tensor, "B C"]) -> list[Float[Tensor, "_ B 1 C"]]:
         """What the condition says to every norm: six vectors to each block, scale and shift to the head."""
+        if not self.config.adaptive:
+            condition = torch.zeros_like(condition)  # which leaves the modulations' biases
         condition = F.silu(condition)
         shared = None
         if self.shared_ada is not None:
