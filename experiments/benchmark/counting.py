@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 
 from experiments.benchmark.machine import Machine
-from vargpt.config import ProjectorConfig, VargptConfig
+from vargpt.config import ImportedConfig, ProjectorConfig, VargptConfig
 from vargpt.llm import LlamaConfig
 from vargpt.model import require
 from vargpt.sampling import Guidance
