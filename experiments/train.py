@@ -48,6 +48,9 @@ class ChatData:
     """Where conversations come from: ``world`` names a level of the small world, ``records`` files of records."""
 
     world: Literal["nano", "full"] | None = None
+    places: float = 0.0
+    """Share of a world's scenes of several objects that are asked about places and relations alone, which are learned
+    late where they are asked for among all else."""
     records: str | None = None
     """A file, or a pattern such as ``data/train-*.parquet``."""
     images: str | None = None
@@ -62,6 +65,8 @@ class ChatData:
     def __post_init__(self) -> None:
         if (self.world is None) == (self.records is None):
             raise ValueError("data names either a world or files of records")
+        if not 0 <= self.places <= 1:
+            raise ValueError(f"places is a share, from 0 to 1, not {self.places}")
         if self.weight <= 0:
             raise ValueError(f"the weight of data must be above 0, not {self.weight}")
 
@@ -355,7 +360,7 @@ def source_of(config: Training, stage: Stage, model: VARGPT, folder: Path) -> Mi
     chosen = stage.data or config.data
     for data in chosen:
         if data.world is not None:
-            sources.append(ShapeChats(data.world, vqvae.image_size, plan=config.plan))
+            sources.append(ShapeChats(data.world, vqvae.image_size, plan=config.plan, places=data.places))
             continue
         assert data.records is not None
         files = RecordFiles(record_files(data.records), Path(data.images) if data.images else None)

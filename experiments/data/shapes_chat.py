@@ -42,11 +42,12 @@ class ShapeChats:
     Args:
         size: side of the pictures, in pixels.
         plan: whether replies say what goes where before they draw it, and what is where before they compare it.
+        places: share of the scenes of several objects that are asked about places and relations alone.
     """
 
-    def __init__(self, world: str, size: int, *, plan: bool) -> None:
+    def __init__(self, world: str, size: int, *, plan: bool, places: float = 0.0) -> None:
         self.world: World = WORLDS[world]
-        self._size, self._plan = size, plan
+        self._size, self._plan, self._places = size, plan, places
 
     def kinds(self) -> Mapping[Kind, float]:
         return {"drawing": 1 / 3, "question": 1 / 3, "text": 1 / 3}
@@ -88,9 +89,9 @@ class ShapeChats:
         return f"There is {plan(rng.sample(scene.objects, len(scene.objects)), self.world)}. "
 
     def _asked(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
-        """Questions about a scene, the first after what shows it: of several objects, half of the times about
-        places alone."""
-        places = self._finding(scene, shown, rng) if len(scene.objects) > 1 and rng.random() < 1 / 2 else []
+        """Questions about a scene, the first after what shows it: of several objects, sometimes about places
+        alone."""
+        places = self._finding(scene, shown, rng) if len(scene.objects) > 1 and rng.random() < self._places else []
         return places or self._about(scene, shown, rng)
 
     def _about(self, scene: Scene, shown: str, rng: Random) -> list[dict[str, str]]:
