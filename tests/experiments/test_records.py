@@ -12,6 +12,7 @@ import skimage.data
 import torch
 from PIL import Image
 
+import experiments.data
 from experiments.data.chat import Mixture, collate
 from experiments.data.pictures import Picture
 from experiments.data.records import Record, RecordFiles, Records
@@ -19,6 +20,7 @@ from experiments.data.shapes_chat import ShapeChats
 from experiments.data.token_cache import TokenCache
 from experiments.run import settings
 from experiments.train import Rows, Training, without_prompt
+from experiments.validate_data import validate
 from vargpt.build import build
 from vargpt.checkpoint import ASSETS
 from vargpt.config import NANO
@@ -208,3 +210,10 @@ def test_a_file_without_usable_records_is_refused(folder: Path) -> None:
 def test_bad_records_are_named(folder: Path, row: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Records(read(written(folder, [row])), 32)
+
+
+def test_the_photographs_of_scikit_image_have_records_in_both_forms() -> None:
+    photographs = Path(experiments.data.__file__).parent / "photographs.jsonl"
+    assert validate([str(photographs)], Path(skimage.data.__file__).parent) == 0
+    text = photographs.read_text()
+    assert text.count('"messages"') == text.count('"conversations"') > 10
