@@ -81,7 +81,7 @@ def measure(folder: Path, dtype: torch.dtype, rows: int, repeats: int) -> Spent:
 
 def measure_peer(c: LlamaConfig, dtype: torch.dtype, rows: int, repeats: int) -> Spent:
     """In a process of its own: transformers' greedy ``generate``, random weights of the same shape."""
-    import transformers  # of the extra "parity"
+    import transformers  # of the extra "parity": the peer that is measured, in its own process, and nothing else
 
     transformers.utils.logging.set_verbosity_error()
     config = transformers.LlamaConfig(
